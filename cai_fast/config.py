@@ -59,7 +59,7 @@ _USES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Sections are frozen dataclasses; `explicit` lists the keys that a file or the command line set."""
+    """One run. Sections are frozen dataclasses; `explicit` holds the keys given on the command line."""
 
     seed: int = 0
     run_dir: str = "runs/toy"
@@ -119,7 +119,7 @@ def parse(argv: Sequence[str]) -> Command:
     tree.setdefault("preset", Path(name).stem)
     for key, text in options.items():
         _set(tree, key, text)
-    return Command(actions[0] if actions else "run", build(tree))
+    return Command(actions[0] if actions else "run", build(tree, frozenset(options)))
 
 
 def read_file(name: str, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -145,22 +145,19 @@ def read_file(name: str, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-def build(tree: dict[str, Any]) -> Config:
-    """A checked Config from nested settings, as TOML gives them."""
+def build(tree: dict[str, Any], explicit: frozenset[str] = frozenset()) -> Config:
+    """A checked Config from nested settings, as TOML gives them; `explicit` names those the user typed."""
     values: dict[str, Any] = {}
-    explicit = set()
     for key, value in tree.items():
         if key in SECTIONS:
             if not isinstance(value, dict):
                 raise InputError(f"{key} is a section: write [{key}] and its keys below, or {key}.<key> = value.")
             values[key] = _section(key, value)
-            defaults = SECTIONS[key]().values()
-            explicit |= {f"{key}.{k}" for k, v in values[key].values().items() if k in value and v != defaults[k]}
         elif key in TOP_LEVEL:
             values[key] = value
         else:
             raise InputError(f"Unknown key {key!r}.{nearest(key, (*TOP_LEVEL, *SECTIONS))}")
-    cfg = Config(**_top_level(values), explicit=frozenset(explicit))
+    cfg = Config(**_top_level(values), explicit=explicit)
     _check_together(cfg)
     return cfg
 
@@ -177,20 +174,17 @@ def stage_settings(cfg: Config, stage: str) -> dict[str, Any]:
     return settings
 
 
-def sections_of(stages: Iterable[str]) -> tuple[str, ...]:
-    """Sections whose keys the given stages read."""
-    shared = {name.split(".")[0] for stage in stages for name in _USES[stage]} | {"engine"}
-    return tuple(name for name in SECTIONS if name in shared or name in set(stages))
-
-
-def unread(cfg: Config, sections: Iterable[str]) -> list[str]:
-    """Keys of these sections that were set to something else than their default and that no code has read."""
+def unread(cfg: Config, stages: Iterable[str]) -> list[str]:
+    """Keys given on the command line that the stages that ran (`stages`) should have read, and did not."""
+    ran = set(stages)
+    shared = {name for stage in ran for name in _USES[stage]}
     missed = []
-    for section in sections:
-        reads = vars(getattr(cfg, section))["_reads"]
-        missed += [f"{section}.{schema.key_of(name)}" for name in SECTIONS[section].__dataclass_fields__
-                   if name not in reads]  # fmt: skip
-    return [name for name in missed if name in cfg.explicit]
+    for key in sorted(cfg.explicit):
+        section, dot, name = key.partition(".")
+        if dot and (section in ran or key in shared):
+            attribute = _field(section, name).name
+            missed += [key] if attribute not in vars(getattr(cfg, section))["_reads"] else []
+    return missed
 
 
 def help_text() -> str:

@@ -161,8 +161,8 @@ class DataConfig(Section):
     red_team: str = opt("toy", "red-team prompts: JSONL(.gz) file, or toy", source="P 3.2")
     helpful: str = opt("toy", "helpfulness prompts: JSONL(.gz) file, or toy", source="P 3.2")
     preferences: str = opt("toy", "helpfulness comparisons (chosen/rejected or prob_a): file, or toy", source="P 4.2")
-    num_red_team: int = opt(0, "red-team prompts to use; 0: all", lo=0, source="P 3.2: 182,831")
-    num_helpful: int = opt(0, "helpfulness prompts to use; 0: all", lo=0, source="P 3.2: 135,296")
+    num_red_team: int = opt(0, "red-team prompts to use; 0: all", lo=0, source="P 4.2: 673,973")
+    num_helpful: int = opt(0, "helpfulness prompts to use; 0: all", lo=0, source="P 4.2: 609,596")
     eval_fraction: float = opt(0.1, "share of prompts kept for evaluation only", lo=0.0, hi=0.9)
     max_prompt_tokens: int = opt(1024, "longest prompt in tokens", lo=8, source="B App. A.2: context 1024")
     drop_oldest_turns: bool = opt(True, "shorten over-long dialogues by whole oldest turns (else reject them)")
@@ -201,6 +201,8 @@ class ReviseConfig(Section):
     """Stage revise: answers, critiques, revisions, helpful samples."""
 
     section: ClassVar[str] = "revise"
+    num_red_team: int = opt(0, "red-team training prompts to revise; 0: all", lo=0, source="P 3.2: 182,831")
+    num_helpful: int = opt(0, "helpfulness training prompts to sample from; 0: all", lo=0, source="P 3.2: 135,296")
     rounds: int = opt(4, "critique-revision rounds per prompt", lo=1, hi=32, source="P 3.2")
     critique: bool = opt(True, "false: revise directly, without a critique", source="P 3.5")
     few_shot: bool = opt(True, "put the few-shot block before critiques and revisions", source="P 3.1")
