@@ -1,0 +1,232 @@
+"""Hugging Face folders in and out: config.json and safetensors, strictly; no pickle.
+
+A tensor that is missing, unexpected or of another shape is an error that names it. A tied output head is stored once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cai_fast.errors import InputError
+from cai_fast.model.config import FAMILIES, ModelConfig
+from cai_fast.model.decoder import Model
+from cai_fast.model.heads import init_scalar
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+_LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", head: str | None = None
+) -> Model:
+    """The model of a Hugging Face folder, in `dtype` on `device`.
+
+    head: "lm" or "score"; None takes what config.json's `architectures` says. See `Model.with_score_head` for a new
+    scalar head on a language model.
+    """
+    folder = Path(path)
+    raw = read_config(folder)
+    config = ModelConfig.from_hf(raw)
+    head = head or _declared_head(raw, folder)
+    with torch.device("meta"):
+        model = Model(config, head)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    tied = None
+    for file, name, tensor in _tensors(folder):
+        if name.endswith("rotary_emb.inv_freq"):  # a derived buffer that old checkpoints carry
+            continue
+        if name == "lm_head.weight" and head == "lm" and config.tie_word_embeddings:
+            tied = tensor
+        elif name not in wanted:
+            unexpected.append(name)
+        elif tensor.shape != wanted[name] or tensor.dtype not in _DTYPES:
+            want, got = tuple(wanted[name]), tuple(tensor.shape)
+            raise InputError(
+                f"{file}: tensor {name} is {tensor.dtype} {got}; expected float32, bfloat16 or float16 {want} "
+                "(does config.json belong to these weights?)"
+            )
+        else:
+            found[name] = tensor.to(device, dtype, copy=True)  # a copy of its own, not a view into the mapped file
+    _check_names(folder, head, sorted(set(wanted) - set(found)), sorted(unexpected))
+    if tied is not None and not torch.equal(tied.to(device, dtype), found["model.embed_tokens.weight"]):
+        raise InputError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
+    model.load_state_dict(found, strict=True, assign=True)
+    model.requires_grad_(True)
+    model.source = folder
+    return model
+
+
+def init_random(
+    config: ModelConfig, seed: int, *, head: str = "lm", dtype: torch.dtype = torch.float32, std: float | None = None
+) -> Model:
+    """A new model: N(0, std²) (default: the configuration's initializer_range, else 0.02), norms 1, biases 0.
+
+    Projections back into the residual stream are scaled by 1/sqrt(2 layers) (GPT-2).
+    """
+    model = Model(config, head).to(dtype)
+    std = std or dict(config.kept).get("initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "score.weight":
+                init_scalar(parameter, seed)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                scale = (2 * config.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (std * scale))
+    return model
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    extra_config: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `model` as a Hugging Face folder, replacing `path` only when everything is on disk.
+
+    dtype: that of the file, default the model's own. tokenizer: saved beside it (`tokenizer.save(folder)`).
+    extra_config: entries of config.json to add or replace, such as pad_token_id. Licence files of the folder that the
+    model was loaded from come along, and for a language model its generation_config.json.
+    """
+    path = Path(path)
+    state = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    config = model.config.to_hf(model.head) | {"dtype": str(dtype or model.dtype).removeprefix("torch.")}
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if model.source is not None and model.source.is_dir():
+        patterns = (*_LICENCES, "generation_config.json") if model.head == "lm" else _LICENCES
+        for file in sorted({f for pattern in patterns for f in model.source.glob(pattern) if f.is_file()}):
+            shutil.copyfile(file, partial / file.name)
+    if tokenizer is not None:
+        tokenizer.save(partial)
+    _write_json(partial / "config.json", config | (extra_config or {}))
+    _write_shards(partial, state)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint folder."""
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder}: no such folder")
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _declared_head(raw: dict[str, Any], folder: Path) -> str:
+    names = raw.get("architectures") or []
+    prefix = FAMILIES[raw["model_type"]][0]
+    if names == [prefix + "ForCausalLM"]:
+        return "lm"
+    if names != [prefix + "ForSequenceClassification"]:
+        expected = f"[{prefix}ForCausalLM] or [{prefix}ForSequenceClassification]"
+        raise InputError(f"{folder / 'config.json'}: architectures {names!r}; expected {expected}")
+    labels = raw.get("num_labels") or len(raw.get("id2label") or {}) or 2  # two is transformers' default
+    if labels != 1:
+        raise InputError(f"{folder / 'config.json'}: {labels} labels; a preference model has num_labels = 1")
+    return "score"
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, name, tensor) of every tensor of a folder, one at a time."""
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX)
+        table = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(table, dict) or not table:
+            raise InputError(f"{folder / INDEX}: no weight_map")
+        files = sorted({folder / Path(str(file)).name for file in table.values()})
+    else:
+        files, table = [folder / SINGLE], None
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; expected the weights as {SINGLE} or {INDEX} with its shards")
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                for name in handle.keys():
+                    if table is None or table.get(name) == file.name:
+                        yield file, name, handle.get_tensor(name)
+                    else:
+                        raise InputError(f"{file}: tensor {name} is not listed for this file in {INDEX}")
+        except SafetensorError as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from error
+
+
+def _check_names(folder: Path, head: str, missing: list[str], unexpected: list[str]) -> None:
+    if not missing and not unexpected:
+        return
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+    parts = [f"missing tensors: {listed(missing)}"] if missing else []
+    parts += [f"unexpected tensors: {listed(unexpected)}"] if unexpected else []
+    raise InputError(f"checkpoint {folder} (read with a {head!r} head): {'; '.join(parts)}")
+
+
+def _write_shards(folder: Path, state: dict[str, Tensor]) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    table = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        table |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in state.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
