@@ -1,0 +1,44 @@
+"""cai_fast.kernels: the operations in which the time, the memory or the exactness of training is decided.
+
+Every operation has backends behind one name: `reference` (a textbook oracle for tests), `chunked` (torch in bounded
+memory); `auto` chooses, and the environment variable CAI_FAST_KERNELS overrides `auto`.
+"""
+
+from .attention import merge_attention, paged_attention
+from .block import rms_norm, rope, swiglu
+from .gae import gae
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_kl import LinearKL, linear_kl
+from .linear_logprob import LinearLogprob, linear_logprob
+from .linear_policy_loss import PolicyLoss, linear_policy_loss
+from .preference import (
+    PreferenceLabels,
+    PreferenceLoss,
+    preference_labels,
+    preference_loss,
+    score_options,
+)
+from .sampling import philox_uniform, sample_tokens
+
+__all__ = [
+    "LinearKL",
+    "LinearLogprob",
+    "PolicyLoss",
+    "PreferenceLabels",
+    "PreferenceLoss",
+    "gae",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_logprob",
+    "linear_policy_loss",
+    "merge_attention",
+    "paged_attention",
+    "philox_uniform",
+    "preference_labels",
+    "preference_loss",
+    "rms_norm",
+    "rope",
+    "sample_tokens",
+    "score_options",
+    "swiglu",
+]

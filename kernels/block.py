@@ -1,0 +1,120 @@
+"""The small operations of a decoder block, forward and backward."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .common import accumulate_dtype, select
+
+
+def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(accumulate_dtype(x.dtype))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(accumulate_dtype(x.dtype))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        normal = x.to(rstd.dtype) * rstd
+        upstream = upstream.to(rstd.dtype)
+        product = upstream * normal
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, None
+        # dx = rstd (u w - normal mean(u w normal))
+        mean = (product @ weight.to(rstd.dtype)).div_(x.shape[-1])[..., None]
+        dx = (upstream * weight).sub_(normal.mul_(mean)).mul_(rstd)
+        return dx.to(x.dtype), d_weight, None
+
+
+def _rms_norm_chunked(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _RmsNorm.apply(x, weight, eps)
+
+
+_RMS_NORM = {"reference": _rms_norm_reference, "chunked": _rms_norm_chunked}
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019), statistics in fp32.
+
+    x, residual [..., H], weight [H]. With a residual: (norm of x + residual, x + residual).
+    """
+    implementation = select("rms_norm", _RMS_NORM, backend)
+    if residual is None:
+        return implementation(x, weight, eps)
+    x = x + residual
+    return implementation(x, weight, eps), x
+
+
+def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = x[..., :half], x[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(upstream, cos, -sin), None, None
+
+
+def _rotate_chunked(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _Rope.apply(x, cos, sin)
+
+
+_ROPE = {"reference": _rotate_reference, "chunked": _rotate_chunked}
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of the two halves of each head (Su et al. 2021, in Hugging Face's Llama layout).
+
+    q [T, Hq, D], k [T, Hkv, D]; cos, sin [T, D/2], or [T, D] whose halves repeat, for each token's position.
+    """
+    implementation = select("rope", _ROPE, backend)
+    half = q.shape[-1] // 2
+    cos, sin = (table[:, None, :half].to(q.dtype) for table in (cos, sin))
+    return implementation(q, cos, sin), implementation(k, cos, sin)
+
+
+def _swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * torch.sigmoid(gate) * up
+
+
+def _swiglu_chunked(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+_SWIGLU = {"reference": _swiglu_reference, "chunked": _swiglu_chunked}
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """silu(gate) * up (Shazeer 2020); gate and up of one shape."""
+    return select("swiglu", _SWIGLU, backend)(gate, up)

@@ -1,0 +1,177 @@
+"""Shared parts of the head kernels: backend choice, row chunks of logits, gradient sums, row selection.
+
+Shapes: N rows (tokens), H hidden, V vocabulary, C rows of one chunk. Logits and every statistic are fp32
+(fp64 for fp64 inputs, which is how the tests check gradients).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable)
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKEND_VARIABLE = "CAI_FAST_KERNELS"
+LOG_RATIO_LIMIT = 20.0
+"""Largest |log ratio| that is exponentiated; beyond it the gradient is zero."""
+
+# MKL picks another blocking, hence other roundings, for few rows or a long reduction over several threads.
+# Measured on CPU: with H <= 512 a row's result does not depend on the number of rows once that is a multiple
+# of 32; with a longer reduction only a constant number of rows guarantees it.
+_ROW_MULTIPLE = 32
+_SPLIT_K = 512
+_CPU_ELEMENTS = 2**19
+_CUDA_ROWS = 2048
+
+
+def select(op: str, implementations: Mapping[str, _F], backend: str) -> _F:
+    """The implementation of `op`. `auto` is what CAI_FAST_KERNELS names, else the fastest one there is."""
+    if backend == "auto":
+        backend = os.environ.get(BACKEND_VARIABLE) or "auto"
+    if backend == "auto":
+        backend = "chunked"
+    if backend in implementations:
+        return implementations[backend]
+    available = ", ".join(sorted(implementations))
+    if backend in BACKENDS:
+        raise ValueError(f"{op}: backend {backend!r} is not available in this version; available: auto, {available}")
+    raise ValueError(f"{op}: unknown backend {backend!r}; expected one of auto, {available}")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, **rows: Tensor | None) -> None:
+    """Raise ValueError unless hidden is [N, H], weight [V, H] and every named row tensor [N]."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: expected hidden [N, H] and weight [V >= 1, H], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    for name, value in rows.items():
+        if value is not None and value.shape != hidden.shape[:1]:
+            raise ValueError(f"{op}: expected {name} of shape [{hidden.shape[0]}], got {list(value.shape)}")
+
+
+def check_temperature(op: str, temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """C, a multiple of 32. GPU: enough rows for the fp32 weight gradient to be compute-bound. CPU: cache-sized."""
+    if device.type != "cpu":
+        return _CUDA_ROWS
+    return min(2048, max(256, _CPU_ELEMENTS // vocab // _ROW_MULTIPLE * _ROW_MULTIPLE))
+
+
+def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix operands of one dtype. CPU has no mixed-precision GEMM with fp32 output, so half types are widened."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if hidden.device.type == "cpu":
+        dtype = accumulate_dtype(dtype)
+    return hidden.detach().to(dtype), weight.detach().to(dtype)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b with fp32 accumulation and an fp32 result also for half operands."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _padded_rows(rows: int, reduction: int, chunk: int) -> int:
+    return chunk if reduction > _SPLIT_K else -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def logit_chunks(hidden: Tensor, weight: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, logits[n, V] / temperature); every chunk reuses one buffer, which the consumer may overwrite.
+
+    A row's logits do not depend on the chunk they fall in (on CPU; on GPU for equal chunk sizes).
+    """
+    total, (vocab, width) = hidden.shape[0], weight.shape
+    chunk, on_cpu = chunk_rows(vocab, hidden.device), hidden.device.type == "cpu"
+    first = min(chunk, total)
+    capacity = _padded_rows(first, width, chunk) if on_cpu else first
+    buffer = hidden.new_empty(capacity if total else 0, vocab, dtype=accumulate_dtype(hidden.dtype))
+    for start in range(0, total, chunk):
+        rows = slice(start, min(start + chunk, total))
+        count = rows.stop - start
+        part = hidden[rows]
+        padded = _padded_rows(count, width, chunk) if on_cpu else count
+        if padded != count:
+            part = torch.nn.functional.pad(part, (0, 0, 0, padded - count))
+        _mm(part, weight.t(), buffer[:padded])
+        logits = buffer[:count]
+        yield rows, logits if temperature == 1.0 else logits.mul_(1.0 / temperature)
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
+    """In place: one fused pass. All backends' log-probs come from here, so equal logits give equal bits."""
+    return torch.log_softmax(logits, -1, out=logits)
+
+
+def like_chunk(scratch: Tensor | None, chunk: Tensor) -> Tensor:
+    """A second buffer shaped as `chunk`; `scratch` is the one of the chunk before (chunks never grow)."""
+    return torch.empty_like(chunk) if scratch is None else scratch[: chunk.shape[0]]
+
+
+class HeadGrad:
+    """Gradients of hidden and weight, summed over chunks of dL/dlogits; weight's sum is kept in fp32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool) -> None:
+        self._hidden, self._weight = hidden, weight
+        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+        dtype = accumulate_dtype(weight.dtype)
+        self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if want_weight else None
+        self._empty = True
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        """dlogits: [n, V] gradient of the rows' logits (before the division by the temperature)."""
+        dlogits = dlogits.to(self._hidden.dtype)
+        if self.hidden is not None:
+            torch.mm(dlogits, self._weight, out=self.hidden[rows])
+        if self.weight is None:
+            return
+        left, right = dlogits.t(), self._hidden[rows]
+        if self._empty:
+            _mm(left, right, self.weight)
+        elif left.dtype == self.weight.dtype:
+            torch.addmm(self.weight, left, right, out=self.weight)
+        else:
+            torch.addmm(self.weight, left, right, out_dtype=self.weight.dtype, out=self.weight)
+        self._empty = False
+
+    def weight_sum(self) -> Tensor | None:
+        if self._empty and self.weight is not None:
+            self.weight.zero_()
+        return self.weight
+
+
+def give_weight_grad(gradient: Tensor | None, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor | None:
+    """Return the fp32 weight gradient to autograd, or add it to `weight.main_grad` where the caller set one.
+
+    Adding happens in the backward, so recomputed forwards and any upstream gradient stay right. The caller sets
+    `main_grad` (fp32, same shape) only on unsharded weights.
+    """
+    if gradient is None or main_grad is None:
+        return None if gradient is None else gradient.to(dtype)
+    main_grad.add_(gradient)
+    return None
+
+
+def kept_rows(targets: Tensor, vocab: int, weights: Tensor | None) -> Tensor | None:
+    """Indices of the rows that count (0 <= target < V, weight not 0), or None if all do. One host read."""
+    keep = (targets >= 0) & (targets < vocab)
+    if weights is not None:
+        keep &= weights != 0
+    index = keep.nonzero().squeeze(1)
+    return None if index.numel() == targets.numel() else index
+
+
+def take(rows: Tensor | None, index: Tensor | None) -> Tensor | None:
+    return rows if rows is None or index is None else rows.index_select(0, index)

@@ -1,0 +1,169 @@
+"""Exact KL(policy || reference) over the whole vocabulary, from two models' hidden states.
+
+With a gradient: 4 GEMMs (both logits, both gradients), formed in the forward for an upstream gradient of 1 a row,
+which the backward scales when it is uniform (`.sum()`, or a mean). Any other upstream costs a second pass.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .common import (
+    HeadGrad,
+    accumulate_dtype,
+    check_head,
+    check_temperature,
+    give_weight_grad,
+    log_softmax_,
+    logit_chunks,
+    operands,
+    select,
+)
+
+
+class LinearKL(NamedTuple):
+    kl: Tensor
+    """[N] in nats, >= 0, differentiable in the policy's hidden and weight."""
+    logprob: Tensor | None
+    """[N] the policy's log-probability of the target, detached; 0 where the target lies outside [0, V)."""
+    ref_logprob: Tensor | None
+
+
+class _Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    targets: Tensor | None
+
+
+def _reference(x: _Inputs, temperature: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype = accumulate_dtype(x.hidden.dtype)
+    p = (x.hidden.to(dtype) @ x.weight.to(dtype).t() / temperature).log_softmax(-1)
+    q = (x.ref_hidden.detach().to(dtype) @ x.ref_weight.detach().to(dtype).t() / temperature).log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    if x.targets is None:
+        return kl, None, None
+    return kl, *(z.detach().gather(1, x.targets[:, None]).squeeze(1) for z in (p, q))
+
+
+class _Pass(NamedTuple):
+    kl: Tensor
+    logprob: Tensor | None
+    ref_logprob: Tensor | None
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+
+
+def _kl_pass(x: _Inputs, temperature: float, upstream: Tensor | None, want: tuple[bool, bool]) -> _Pass:
+    """One pass over the rows; upstream [N] (None: all 1) multiplies each row's gradient."""
+    h, w = operands(x.hidden, x.weight)
+    grads = HeadGrad(h, w, *want)
+    dtype = accumulate_dtype(h.dtype)
+    kl, logprob, ref_logprob = (h.new_empty(h.shape[0], dtype=dtype) for _ in range(3))
+    reference = logit_chunks(*operands(x.ref_hidden, x.ref_weight), temperature)
+    for (rows, p), (_, q) in zip(logit_chunks(h, w, temperature), reference, strict=True):
+        log_softmax_(p)
+        log_softmax_(q)
+        if x.targets is not None:
+            target = x.targets[rows, None]
+            torch.gather(p, 1, target, out=logprob[rows, None])
+            torch.gather(q, 1, target, out=ref_logprob[rows, None])
+        torch.sub(p, q, out=q)
+        q.mul_(p.exp_())  # p (log p - log q)
+        torch.sum(q, -1, out=kl[rows])
+        if any(want):
+            # dz_j = u p_j [(log p_j - log q_j) - KL] / temperature
+            dz = q.addcmul_(p, kl[rows, None], value=-1.0)
+            if temperature != 1.0:
+                dz.mul_(1.0 / temperature)
+            grads.add(rows, dz if upstream is None else dz.mul_(upstream[rows, None]))
+    if x.targets is None:
+        logprob = ref_logprob = None
+    return _Pass(kl, logprob, ref_logprob, grads.hidden, grads.weight_sum())
+
+
+class _ForwardGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        targets: Tensor | None,
+        temperature: float,
+        want: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = _Inputs(hidden, weight, ref_hidden, ref_weight, targets)
+        result = _kl_pass(inputs, temperature, None, want)
+        ctx.save_for_backward(*inputs)
+        ctx.d_hidden, ctx.d_weight = result.d_hidden, result.d_weight
+        ctx.temperature, ctx.want, ctx.main_grad = temperature, want, getattr(weight, "main_grad", None)
+        ctx.mark_non_differentiable(*(x for x in (result.logprob, result.ref_logprob) if x is not None))
+        return result.kl, result.logprob, result.ref_logprob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = _Inputs(*ctx.saved_tensors)
+        d_hidden, d_weight = ctx.d_hidden, ctx.d_weight
+        if upstream.stride(0) == 0 or upstream.numel() <= 1:
+            # An expanded gradient is uniform, and that is known on the host.
+            factor = upstream[:1].sum()
+            d_hidden = None if d_hidden is None else d_hidden * factor
+            d_weight = None if d_weight is None else d_weight * factor
+        elif d_weight is None:
+            d_hidden = d_hidden * upstream[:, None]
+        else:
+            again = _kl_pass(inputs, ctx.temperature, upstream, ctx.want)
+            d_hidden, d_weight = again.d_hidden, again.d_weight
+        d_hidden = None if d_hidden is None else d_hidden.to(inputs.hidden.dtype)
+        d_weight = give_weight_grad(d_weight, inputs.weight.dtype, ctx.main_grad)
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _chunked(x: _Inputs, temperature: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad = torch.is_grad_enabled()
+    want = (grad and x.hidden.requires_grad, grad and x.weight.requires_grad)
+    ref_hidden, ref_weight = x.ref_hidden.detach(), x.ref_weight.detach()
+    return _ForwardGradient.apply(x.hidden, x.weight, ref_hidden, ref_weight, x.targets, temperature, want)
+
+
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> LinearKL:
+    """KL(softmax(hidden weight^T / T) || softmax(ref_hidden ref_weight^T / T)) of each row, [N] in fp32.
+
+    hidden [N, H], weight [V, H]; ref_hidden [N, H'], ref_weight [V, H'] (H' may differ). With targets [N] both
+    models' log-probabilities of them come along. Only the policy receives a gradient.
+    """
+    check_head("linear_kl", hidden, weight, targets=targets)
+    check_head("linear_kl (reference)", ref_hidden, ref_weight)
+    if ref_hidden.shape[0] != hidden.shape[0] or ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"linear_kl: policy and reference need equal N and V, got hidden {list(hidden.shape)}, weight "
+            f"{list(weight.shape)}, ref_hidden {list(ref_hidden.shape)}, ref_weight {list(ref_weight.shape)}"
+        )
+    check_temperature("linear_kl", temperature)
+    implementation = select("linear_kl", _IMPLEMENTATIONS, backend)
+    clamped = None if targets is None else targets.clamp(0, weight.shape[0] - 1)
+    result = LinearKL(*implementation(_Inputs(hidden, weight, ref_hidden, ref_weight, clamped), temperature))
+    if targets is None:
+        return result
+    invalid = (targets < 0) | (targets >= weight.shape[0])
+    return result._replace(
+        logprob=result.logprob.masked_fill(invalid, 0.0), ref_logprob=result.ref_logprob.masked_fill(invalid, 0.0)
+    )

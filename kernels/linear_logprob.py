@@ -1,0 +1,130 @@
+"""Log-probabilities of a linear head without the [N, V] logits, differentiable by recomputation (4 GEMMs)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .common import (
+    HeadGrad,
+    accumulate_dtype,
+    check_head,
+    check_temperature,
+    give_weight_grad,
+    like_chunk,
+    log_softmax_,
+    logit_chunks,
+    operands,
+    select,
+)
+
+
+class LinearLogprob(NamedTuple):
+    logprob: Tensor
+    """[N] log softmax(hidden weight^T / temperature)[target]; 0 where the target lies outside [0, V)."""
+    lse: Tensor
+    """[N] log sum exp of the logits / temperature."""
+    entropy: Tensor | None
+    """[N] in nats, if asked for."""
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, temperature: float, entropy: bool
+) -> LinearLogprob:
+    dtype = accumulate_dtype(hidden.dtype)
+    z = hidden.to(dtype) @ weight.to(dtype).t() / temperature
+    logp = z.log_softmax(-1)
+    logprob = torch.where(valid, logp.gather(1, targets[:, None]).squeeze(1), 0.0)
+    return LinearLogprob(logprob, z.logsumexp(-1), -(logp.exp() * logp).sum(-1) if entropy else None)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        temperature: float,
+        want_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        h, w = operands(hidden, weight)
+        logprob = h.new_empty(h.shape[0], dtype=accumulate_dtype(h.dtype))
+        lse = torch.empty_like(logprob)
+        entropy = torch.empty_like(lse) if want_entropy else None
+        scratch = None
+        for rows, z in logit_chunks(h, w, temperature):
+            target = targets[rows, None]
+            torch.gather(z, 1, target, out=lse[rows, None])
+            log_softmax_(z)
+            torch.gather(z, 1, target, out=logprob[rows, None])
+            if entropy is not None:
+                scratch = like_chunk(scratch, z)
+                torch.sum(z.mul_(torch.exp(z, out=scratch)), -1, out=entropy[rows])
+        lse.sub_(logprob)
+        logprob.masked_fill_(~valid, 0.0)
+        if entropy is not None:
+            entropy.neg_()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, targets, valid, entropy)
+        ctx.temperature, ctx.main_grad = temperature, getattr(weight, "main_grad", None)
+        return logprob, lse, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, d_logprob: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, valid, entropy = ctx.saved_tensors
+        h, w = operands(hidden, weight)
+        grads = HeadGrad(h, w, *ctx.needs_input_grad[:2])
+        zero = h.new_zeros((), dtype=accumulate_dtype(h.dtype)).expand(h.shape[0])
+        g = zero if d_logprob is None else torch.where(valid, d_logprob, 0.0)
+        s = (zero if d_lse is None else d_lse) - g
+        scratch = None
+        for rows, z in logit_chunks(h, w, ctx.temperature):
+            # dz_j = [g (delta_jt - p_j) + s p_j - e p_j (log p_j + entropy)] / temperature
+            log_softmax_(z)
+            if d_entropy is None:
+                dz = z.exp_().mul_(s[rows, None])
+            else:
+                e = d_entropy[rows, None]
+                scratch = p = like_chunk(scratch, z)
+                torch.exp(z, out=p)
+                dz = z.mul_(-e).add_(s[rows, None] - e * entropy[rows, None]).mul_(p)
+            dz.scatter_add_(1, targets[rows, None], g[rows, None])
+            grads.add(rows, dz if ctx.temperature == 1.0 else dz.mul_(1.0 / ctx.temperature))
+        d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
+        d_weight = give_weight_grad(grads.weight_sum(), weight.dtype, ctx.main_grad)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _chunked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, temperature: float, entropy: bool
+) -> LinearLogprob:
+    return LinearLogprob(*_Recompute.apply(hidden, weight, targets, valid, temperature, entropy))
+
+
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> LinearLogprob:
+    """Log-probability of each row's target, log-sum-exp and, if asked, entropy: fp32, differentiable.
+
+    hidden [N, H], weight [V, H], targets [N] int64. A row's result does not depend on the rows around it.
+    """
+    check_head("linear_logprob", hidden, weight, targets=targets)
+    check_temperature("linear_logprob", temperature)
+    implementation = select("linear_logprob", _IMPLEMENTATIONS, backend)
+    valid = (targets >= 0) & (targets < weight.shape[0])
+    return implementation(hidden, weight, targets.clamp(0, weight.shape[0] - 1), valid, temperature, entropy)

@@ -1,0 +1,159 @@
+"""The clipped PPO objective (Schulman et al. 2017, eq. 7) with a KL term, straight from hidden states.
+
+Sampled KL estimators with d = ref_logprob - logprob (Schulman, "Approximating KL divergence", 2020):
+k2 = d^2 / 2, whose gradient -d grad(logprob) is on average that of KL(policy || reference);
+k3 = exp(d) - 1 - d, whose gradient is on average that of KL(reference || policy).
+k1 = -d belongs in the reward: as a loss its gradient has mean zero, so it is refused here.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import LOG_RATIO_LIMIT, accumulate_dtype, check_head, check_temperature, kept_rows, select, take
+from .token_loss import token_loss
+
+STATS = ("pg", "kl", "clipped", "ratio", "ratio_sq", "entropy", "count")
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor
+    """Scalar: scale x sum_i weights_i (pg_i + kl_coef kl_i)."""
+    stats: dict[str, Tensor]
+    """Unscaled weighted sums (scalars on the device): STATS; `clipped` counts rows whose gradient clipping removed,
+    `count` is the sum of weights."""
+    logprob: Tensor
+    """[N] detached log-probabilities of the targets; 0 for rows that were left out."""
+
+
+class _Rows(NamedTuple):
+    """Per-row constants of the loss, each [N]."""
+
+    old: Tensor
+    advantage: Tensor
+    weights: Tensor
+    ref: Tensor | None
+
+
+class _Settings(NamedTuple):
+    clip_coef: float
+    kl_coef: float
+    kl_estimator: str
+    temperature: float
+    scale: float | Tensor
+
+
+class _Terms(NamedTuple):
+    pg: Tensor
+    kl: Tensor
+    clipped: Tensor
+    ratio: Tensor
+
+
+def _exp_clamped(x: Tensor) -> Tensor:
+    return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _terms(logprob: Tensor, r: _Rows, s: _Settings) -> _Terms:
+    """Row terms, each [N]; plain torch, so autograd through it is the reference's gradient."""
+    ratio = _exp_clamped(logprob - r.old)
+    plain = -r.advantage * ratio
+    bounded = -r.advantage * ratio.clamp(1 - s.clip_coef, 1 + s.clip_coef)
+    if r.ref is None:
+        kl = torch.zeros_like(logprob)
+    else:
+        d = r.ref - logprob
+        kl = d.square() / 2 if s.kl_estimator == "k2" else _exp_clamped(d) - 1 - d
+    return _Terms(torch.maximum(plain, bounded), kl, bounded > plain, ratio)
+
+
+def _gradient(logprob: Tensor, r: _Rows, s: _Settings, terms: _Terms) -> Tensor:
+    """d(pg + kl_coef kl) / dlogprob, [N]: what autograd gives for _terms, in closed form."""
+    active = ((logprob - r.old).abs() <= LOG_RATIO_LIMIT) & ~terms.clipped
+    g = torch.where(active, -r.advantage * terms.ratio, 0.0)
+    if r.ref is not None and s.kl_coef:
+        d = r.ref - logprob
+        slope = -d if s.kl_estimator == "k2" else 1 - torch.where(d.abs() <= LOG_RATIO_LIMIT, _exp_clamped(d), 0.0)
+        g = g + s.kl_coef * slope
+    return g
+
+
+def _stats(logprob: Tensor, entropy: Tensor, r: _Rows, s: _Settings) -> dict[str, Tensor]:
+    t = _terms(logprob, r, s)
+    rows = torch.stack(
+        (t.pg, t.kl, t.clipped.to(logprob.dtype), t.ratio, t.ratio.square(), entropy, torch.ones_like(logprob))
+    )
+    return dict(zip(STATS, (rows * r.weights).sum(1).unbind(), strict=True))
+
+
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, r: _Rows, s: _Settings) -> PolicyLoss:
+    dtype = accumulate_dtype(hidden.dtype)
+    z = (hidden.to(dtype) @ weight.to(dtype).t() / s.temperature).log_softmax(-1)
+    logprob = z.gather(1, targets[:, None]).squeeze(1)
+    t = _terms(logprob, r, s)
+    loss = ((t.pg + s.kl_coef * t.kl) * r.weights).sum() * s.scale
+    entropy = -(z.exp() * z).sum(-1)
+    return PolicyLoss(loss, _stats(logprob.detach(), entropy.detach(), r, s), logprob.detach())
+
+
+def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, r: _Rows, s: _Settings) -> PolicyLoss:
+    factor = r.weights * s.scale
+
+    def row_loss(rows: slice, logprob: Tensor) -> tuple[Tensor, Tensor]:
+        part = _Rows(*(None if x is None else x[rows] for x in r))
+        t = _terms(logprob, part, s)
+        return (t.pg + s.kl_coef * t.kl) * factor[rows], _gradient(logprob, part, s, t) * factor[rows]
+
+    loss, logprob, entropy = token_loss(hidden, weight, targets, row_loss, s.temperature, entropy=True)
+    return PolicyLoss(loss, _stats(logprob, entropy, r, s), logprob)
+
+
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *,
+    weights: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    clip_coef: float = 0.2,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k2",
+    temperature: float = 1.0,
+    scale: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """scale x sum_i weights_i (max(-A_i r_i, -A_i clip(r_i, 1 +- clip_coef)) + kl_coef kl_i).
+
+    hidden [N, H], weight [V, H], targets [N] int64; old_logprob, advantage, weights, ref_logprob [N]. The ratio
+    r = exp(logprob - old_logprob) is exactly 1 when old_logprob is linear_logprob's (same backend, temperature and
+    weights). Rows with a target outside [0, V) or weight 0 are left out. No host synchronisation but the one that
+    counts the rows kept.
+    """
+    op = "linear_policy_loss"
+    rows = {"old_logprob": old_logprob, "advantage": advantage, "weights": weights, "ref_logprob": ref_logprob}
+    check_head(op, hidden, weight, targets=targets, **rows)
+    check_temperature(op, temperature)
+    if kl_estimator not in ("k2", "k3"):
+        hint = " (k1 as a loss has a zero-mean gradient: put it in the reward)" if kl_estimator == "k1" else ""
+        raise ValueError(f"{op}: kl_estimator must be 'k2' or 'k3', got {kl_estimator!r}{hint}")
+    if kl_coef and ref_logprob is None:
+        raise ValueError(f"{op}: kl_coef = {kl_coef} needs ref_logprob")
+    implementation = select(op, _IMPLEMENTATIONS, backend)
+    index = kept_rows(targets, weight.shape[0], weights)
+    dtype = accumulate_dtype(hidden.dtype)
+    if weights is None:
+        weights = torch.ones(targets.shape, dtype=dtype, device=hidden.device)
+    taken = (take(x if x is None else x.detach().to(dtype), index)
+             for x in (old_logprob, advantage, weights, ref_logprob))
+    settings = _Settings(clip_coef, kl_coef, kl_estimator, temperature, scale)
+    result = implementation(take(hidden, index), weight, take(targets, index), _Rows(*taken), settings)
+    if index is None:
+        return result
+    logprob = torch.zeros(targets.shape, dtype=dtype, device=hidden.device).index_copy_(0, index, result.logprob)
+    return result._replace(logprob=logprob)
