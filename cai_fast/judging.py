@@ -1,0 +1,162 @@
+"""The feedback model as a judge of pairs (paper §4.1): questions, option probabilities, soft labels.
+
+Stage label makes the training labels with it, stage evaluate the win rates.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from cai_fast import kernels, pipeline, rng
+from cai_fast.constitution import Principle
+from cai_fast.pipeline import Context, Prefixes
+from cai_fast.records import Comparison, Label, Turn, content_id
+from cai_fast.tokenizer import Rendered
+
+ORDERS = {"both": (0, 1), "single": (0,)}  # order 1: responses swapped
+
+
+@dataclass
+class Question:
+    """One (comparison, principle, order); `logprob` [2] over the letters, `mass` their probability among all tokens."""
+
+    comparison: Comparison
+    turns: tuple[Turn, ...]
+    principle: Principle
+    number: int
+    order: int
+    few_shot: int
+    cot: list[str] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    masses: list[float] = field(default_factory=list)
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Text at letters (A) and (B)."""
+        pair = (self.comparison.response_a, self.comparison.response_b)
+        return pair if self.order == 0 else (pair[1], pair[0])
+
+
+class Judge:
+    """The feedback model with its renderer and engine."""
+
+    def __init__(self, ctx: Context, role: str) -> None:
+        self.ctx, self.role, self.cfg = ctx, role, ctx.config.label
+        self.renderer = ctx.renderer(role)
+        longest = pipeline.longest(
+            self.renderer,
+            ctx.config.data.max_prompt_tokens,
+            2 * ctx.config.compare.max_new_tokens,
+            self.cfg.cot_max_new_tokens if self.cfg.cot else 0,
+        )
+        self.engine = ctx.engine(ctx.model(role), self.renderer, longest)
+        self.prefixes = Prefixes(self.engine)
+        self.options = self.renderer.options("cot" if self.cfg.cot else "comparison")
+        self.spec = pipeline.sampling(self.renderer, "cot", self.cfg.cot_temperature, self.cfg.cot_max_new_tokens)
+
+    def label(self, items: Sequence[tuple[Comparison, tuple[Turn, ...]]]) -> Iterator[dict[str, Any]]:
+        """One label row per comparison."""
+        questions = [q for comparison, turns in items for q in self._questions(comparison, turns)]
+        if self.cfg.cot:
+            self._answer_with_cot(questions)
+        else:
+            rendered = [
+                self.renderer.comparison(q.turns, *q.answers, q.principle, q.few_shot) for q in questions
+            ]
+            self._read_options(questions, rendered)
+        labels = self._labels([c for c, _ in items], questions)
+        yield from labels
+
+    def _questions(self, comparison: Comparison, turns: tuple[Turn, ...]) -> list[Question]:
+        """The questions of one comparison: `label.principles` draws with replacement, in the configured orders."""
+        key = self.ctx.key
+        questions = []
+        for number in range(self.cfg.principles):
+            principle = self.ctx.constitution.draw("comparison", key("label/principle", comparison.id, number))
+            shot = -1
+            if self.cfg.few_shot:
+                shot = self.renderer.draw_few_shot(key("label/few_shot", comparison.id, number))
+            orders = ORDERS.get(self.cfg.orders) or (rng.choice(key("label/order", comparison.id, number), 2),)
+            questions += [Question(comparison, turns, principle, number, order, shot) for order in orders]
+        return questions
+
+    def _read_options(self, questions: Sequence[Question], rendered: Sequence[Rendered]) -> None:
+        """Score the two options after each prompt and add probability of letter A and option mass."""
+        scored = self.engine.score(
+            [r.ids + self.options.suffix for r in rendered],
+            self.options.option_ids,
+            prefix=[self.prefixes.handle(r.prefix) for r in rendered],
+            return_mass=True,
+        )
+        for question, logprob, mass in zip(questions, scored[0].tolist(), scored[1].tolist(), strict=True):
+            question.probs.append(math.exp(logprob[0]))
+            question.masses.append(mass)
+
+    def _answer_with_cot(self, questions: Sequence[Question]) -> None:
+        """Sample chains of thought, read the answer after each; several samples are averaged (paper §2)."""
+        rendered = [self.renderer.cot(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
+        for sample in range(self.cfg.cot_samples):
+            keys = [
+                self.ctx.key("label/cot", f"{q.comparison.id}/{q.number}/{q.order}", sample) for q in questions
+            ]
+            completions = self.prefixes.generate(rendered, self.spec, keys)
+            answered = []
+            for question, prompt, completion in zip(questions, rendered, completions, strict=True):
+                thought = self.renderer.finish(completion.token_ids, "cot")
+                question.cot.append(thought.text)
+                answered.append(self.renderer.cot_answer(prompt, thought))
+            self._read_options(questions, answered)
+
+    def _labels(self, comparisons: Sequence[Comparison], questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """Un-swap, average and clamp (kernels.preference_labels), and make the records."""
+        row = {c.id: index for index, c in enumerate(comparisons)}
+        logprob = torch.full((len(comparisons), self.cfg.principles, 2, 2), math.nan, dtype=torch.float64)
+        by_slot: dict[tuple[str, int, int], Question] = {}
+        for q in questions:
+            p = min(max(fmean(q.probs), 1e-12), 1 - 1e-12)
+            logprob[row[q.comparison.id], q.number, q.order] = torch.tensor([math.log(p), math.log1p(-p)])
+            by_slot[q.comparison.id, q.number, q.order] = q
+        clamp = self._clamp()
+        result = kernels.preference_labels(logprob, clamp=clamp)
+        rows = []
+        views = zip(comparisons, result.prob_a.tolist(), result.per_principle.tolist(), strict=True)
+        for c, prob_a, per_order in views:
+            asked = [q for q in questions if q.comparison.id == c.id]
+            label = self._record(c, self._harden(prob_a), per_order, asked, clamp)
+            rows.append({"id": c.id, "record": label.to_json(), "mass": fmean(m for q in asked for m in q.masses)})
+        return rows
+
+    def _record(
+        self, c: Comparison, prob_a: float, per_order: list[list[float]], asked: list[Question], clamp: Any
+    ) -> Label:
+        per_principle = []
+        for number, (ab, ba) in enumerate(per_order):
+            mine = [q for q in asked if q.number == number]
+            per_principle.append({
+                "principle": mine[0].principle.id,
+                "prob_a_ab": None if math.isnan(ab) else ab,
+                "prob_a_ba": None if math.isnan(ba) else ba,
+                "cot": [text for q in mine for text in q.cot],
+            })  # fmt: skip
+        source = pipeline.provenance(
+            self.ctx, self.role, self.renderer, self.spec if self.cfg.cot else None, parents=[c.id],
+            few_shot=[q.few_shot for q in asked], option_mass=fmean(m for q in asked for m in q.masses),
+            rng=[self.ctx.config.seed, "label/*", c.id],
+        )  # fmt: skip
+        record = Label(content_id("label", c.id), c.id, prob_a, (), clamp, source).to_json()
+        return Label.from_json(record | {"per_principle": per_principle})
+
+    def _clamp(self) -> tuple[float, float] | None:
+        if self.cfg.clamp == "auto":
+            return (0.4, 0.6) if self.cfg.cot else None
+        return None if self.cfg.clamp == "none" else tuple(self.cfg.clamp)
+
+    def _harden(self, prob_a: float) -> float:
+        """0 or 1 with label.hard; an exact tie stays 0.5 (never resolved by a coin)."""
+        if not self.cfg.hard or prob_a == 0.5:
+            return prob_a
+        return float(prob_a > 0.5)

@@ -1,0 +1,380 @@
+"""What the stages share: the context of a run, the roles, the prompts, and journaled work.
+
+Stages exchange files of the run folder and never import each other; everything two of them need is here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cai_fast import readers, records, rng
+from cai_fast.config import Config, stage_settings
+from cai_fast.constitution import Constitution
+from cai_fast.constitution import load as load_constitution
+from cai_fast.distributed import Distributed, Stopped, stop_requested
+from cai_fast.engine import Completion, Engine, Sampling
+from cai_fast.errors import InputError
+from cai_fast.model import Model
+from cai_fast.model import load as load_model
+from cai_fast.prompts import fit_turns
+from cai_fast.records import Comparison, Prompt
+from cai_fast.rundir import RunDir, hash_file, hash_model
+from cai_fast.runlog import RunLog
+from cai_fast.tokenizer import Rendered, Renderer, Tokenizer
+
+TOY = "toy"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Context:
+    """Everything a stage works with."""
+
+    config: Config
+    run: RunDir
+    log: RunLog
+    dist: Distributed
+    constitution: Constitution
+    _hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where models live on this rank."""
+        return self.dist.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type of models: float32 on CPU, bfloat16 on CUDA unless `model.dtype` says otherwise."""
+        name = self.config.model.dtype
+        if name == "auto":
+            name = "float32" if self.device.type == "cpu" else "bfloat16"
+        return getattr(torch, name)
+
+    def checkpoint(self, name: str) -> Path:
+        """Folder of a checkpoint this run makes."""
+        return self.run.path(CHECKPOINTS, name)
+
+    def folder(self, role: str) -> Path:
+        """Folder of the model in `role`: base, assistant, judge, pm_init, or the name of a checkpoint of this run."""
+        if role in ("sl_cai", "pm", "pm_eval", "rl_cai"):
+            return self._made(role)
+        name = self.config.pm.init or self.config.model.base if role == "pm_init" else self.config.role(role)
+        return self._made("base") if name == TOY else Path(name)
+
+    def _made(self, name: str) -> Path:
+        folder, stage = self.checkpoint(name), {"sl_cai": "sft", "rl_cai": "rl", "pm_eval": "pm"}.get(name, name)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} not found; run stage {stage} first.")
+        return folder
+
+    def model(self, role: str, head: str | None = None) -> Model:
+        """The model in `role`, on this rank's device."""
+        return load_model(self.folder(role), dtype=self.dtype, device=self.device, head=head)
+
+    def renderer(self, role: str) -> Renderer:
+        """The prompt renderer for the model in `role`."""
+        tokenizer = Tokenizer.load(self.folder(role))
+        return Renderer(
+            tokenizer, self.constitution, seed=self.config.seed, few_shot_pool=self.config.data.few_shot_pool
+        )
+
+    def model_hash(self, role: str) -> str:
+        """Content hash of the model in `role`."""
+        folder = str(self.folder(role))
+        if folder not in self._hashes:
+            self._hashes[folder] = hash_model(folder)
+        return self._hashes[folder]
+
+    def engine(self, model: Model, renderer: Renderer, max_len: int) -> Engine:
+        """A generation engine for sequences of up to `max_len` tokens (prompt and response)."""
+        settings = self.config.engine
+        limit = self.config.model.max_len or model.config.max_position_embeddings
+        deterministic = settings.deterministic
+        if deterministic == "auto":
+            deterministic = self.device.type == "cpu"
+        return Engine(
+            model,
+            max_batch=settings.max_batch,
+            max_len=min(settings.max_len or max_len, limit),
+            deterministic=deterministic,
+            prefill_tokens=settings.prefill_tokens,
+            tokenizer=renderer.tokenizer,
+        )
+
+    def inputs(self, stage: str, *, files: Sequence[str] = (), roles: Sequence[str] = ()) -> dict[str, Any]:
+        """Fingerprint of all that `stage` depends on: settings, constitution, models, files of earlier stages."""
+        return {
+            "settings": stage_settings(self.config, stage),
+            "constitution": self.constitution.hash,
+            "models": {role: self.model_hash(role) for role in roles},
+            "files": {name: self.run.output_hash(name) for name in files},
+        }
+
+    def key(self, stage: str, sample_id: str, draw: int = 0) -> int:
+        """RNG key of one draw: independent of batch, rank and time."""
+        return rng.key(self.config.seed, stage, sample_id, draw)
+
+
+def open_context(config: Config, run: RunDir, log: RunLog, dist: Distributed) -> Context:
+    """The context of a run whose folder is open."""
+    return Context(config, run, log, dist, load_constitution(config.data.constitution))
+
+
+def provenance(ctx: Context, role: str, renderer: Renderer, spec: Sampling | None, **more: Any) -> dict[str, Any]:
+    """Where a generated row comes from (design.md §5); `more` adds keys, parents and few-shot ids."""
+    row: dict[str, Any] = {
+        "model": ctx.model_hash(role),
+        "constitution": ctx.constitution.hash,
+        "template": renderer.hash,
+    }
+    if spec is not None:
+        row["sampling"] = {"temperature": spec.temperature, "max_new_tokens": spec.max_new_tokens}
+    return row | more
+
+
+def sampling(renderer: Renderer, kind: str, temperature: float, max_new_tokens: int) -> Sampling:
+    """The sampling specification of one kind of text, with its stop tokens and strings."""
+    stop_token_ids, stop_strings = renderer.stops(kind)
+    return Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tuple(stop_token_ids),
+                    stop_strings=tuple(stop_strings))  # fmt: skip
+
+
+def prompt_source(ctx_or_config: Context | Config, kind: str) -> tuple[list[Prompt], list[readers.Rejected]]:
+    """All prompts of one kind from the configured source, and the rejected rows."""
+    config = ctx_or_config.config if isinstance(ctx_or_config, Context) else ctx_or_config
+    spec = config.data.red_team if kind == "red_team" else config.data.helpful
+    if spec == TOY:
+        from cai_fast.toy import world
+
+        return (world.red_team_prompts() if kind == "red_team" else world.helpful_prompts()), []
+    return readers.read_prompts(
+        spec, kind, max_bad_fraction=config.data.max_bad_fraction, eval_fraction=config.data.eval_fraction
+    )
+
+
+def take(ctx: Context, prompts: Sequence[Prompt], name: str, count: int) -> list[Prompt]:
+    """`count` of the prompts (0: all), drawn by the run's seed, in their own order."""
+    if not count or count >= len(prompts):
+        return list(prompts)
+    order = rng.permutation(ctx.key("take", name), len(prompts))
+    return [prompts[index] for index in sorted(order[:count])]
+
+
+def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
+    """The run's prompts; made from the sources and written to prompts.jsonl by the first stage that needs them."""
+    path = ctx.run.path("prompts.jsonl")
+    if path.is_file():
+        return records.read_jsonl(path, Prompt)
+    kept: list[Prompt] = []
+    data = ctx.config.data
+    for kind, count in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
+        prompts, rejected = prompt_source(ctx, kind)
+        for bad in rejected[:5]:
+            ctx.log.warn(f"{kind} prompts, line {bad.line}: {bad.reason}")
+        train = take(ctx, [p for p in prompts if p.split == "train"], kind, count)
+        chosen = train + [p for p in prompts if p.split == "eval"]
+        fitting = [fitted for p in chosen if (fitted := _fit(p, renderer, data)) is not None]
+        over_long = len(chosen) - len(fitting)
+        total = len(chosen) + len(rejected)
+        if over_long + len(rejected) > data.max_bad_fraction * total:
+            raise InputError(
+                f"{kind} prompts: {over_long} longer than data.max_prompt_tokens = {data.max_prompt_tokens} and "
+                f"{len(rejected)} malformed of {total}, more than data.max_bad_fraction = {data.max_bad_fraction}."
+            )
+        if not any(p.split == "train" for p in fitting):
+            raise InputError(f"{kind} prompts: none left to train on (of {total} rows).")
+        ctx.log.info(
+            f"{kind} prompts: {len(fitting)} used, {over_long} over-long, {len(rejected)} malformed rows"
+        )
+        kept += fitting
+    if ctx.dist.is_main:
+        records.write_jsonl(path, kept)
+    ctx.dist.barrier()
+    return kept
+
+
+def _fit(prompt: Prompt, renderer: Renderer, data: Any) -> Prompt | None:
+    """The prompt within data.max_prompt_tokens, shortened by oldest turns where allowed; None if it cannot be."""
+    turns = fit_turns(prompt.turns, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
+    if turns is None:
+        return None
+    if tuple(turns) == prompt.turns:
+        return prompt
+    return Prompt(prompt.id, prompt.kind, tuple(turns), prompt.source, prompt.split)
+
+
+def load_prompts(ctx: Context, *, kind: str | None = None, split: str | None = None) -> list[Prompt]:
+    """Prompts of prompts.jsonl, filtered."""
+    path = ctx.run.path("prompts.jsonl")
+    if not path.is_file():
+        raise InputError(f"{path} not found; run stage revise first.")
+    rows = records.read_jsonl(path, Prompt)
+    return [p for p in rows if kind in (None, p.kind) and split in (None, p.split)]
+
+
+def load_comparisons(ctx: Context) -> list[Comparison]:
+    """Rows of comparisons.jsonl."""
+    path = ctx.run.path("comparisons.jsonl")
+    if not path.is_file():
+        raise InputError(f"{path} not found; run stage compare first.")
+    return records.read_jsonl(path, Comparison)
+
+
+def journaled(
+    ctx: Context,
+    stage: str,
+    ids: Sequence[str],
+    chunk: int,
+    process: Callable[[list[str]], Iterator[dict[str, Any]]],
+) -> dict[str, dict[str, Any]]:
+    """Do `process` for every id once, in chunks pulled from one shared counter; survive a kill at any time.
+
+    `process(chunk of ids)` yields one JSON row per id, each holding its "id". Rows already journaled, by any rank
+    of any earlier attempt, are not redone. Returns every row by id, in the order of `ids`.
+    """
+    done = _journal_rows(ctx, stage)
+    pending = [item for item in ids if item not in done]
+    chunks = [pending[start : start + chunk] for start in range(0, len(pending), chunk)]
+    ctx.dist.barrier()  # nobody appends before everybody has read
+    if done and pending:
+        ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
+    with ctx.run.journal(stage, ctx.dist.rank) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
+        while (number := ctx.dist.next_item(stage)) < len(chunks):
+            expected = set(chunks[number])
+            for row in process(chunks[number]):
+                expected.remove(row["id"])
+                journal.append(row)
+                bar.update(1)
+            if expected:
+                raise RuntimeError(f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}")
+            if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
+                break
+    if ctx.dist.stop_agreed():
+        raise Stopped
+    ctx.dist.barrier()
+    rows = _journal_rows(ctx, stage)
+    return {item: rows[item] for item in ids}
+
+
+def _journal_rows(ctx: Context, stage: str) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(ctx.run.path("journal").glob(f"{stage}.*.jsonl")):
+        with records.Journal(path) as journal:
+            rows.update((row["id"], row) for row in journal.rows())
+    return rows
+
+
+class Prefixes:
+    """The few-shot blocks an engine has prefilled, one handle per distinct block."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._handles: dict[tuple[int, ...], Any] = {}
+
+    def handle(self, tokens: Sequence[int]) -> Any | None:
+        """Handle of a shared prefix; None for an empty one."""
+        block = tuple(tokens)
+        if not block:
+            return None
+        if block not in self._handles:
+            self._handles[block] = self.engine.prefix(list(block))
+        return self._handles[block]
+
+    def generate(self, rendered: Sequence[Rendered], spec: Sampling, keys: Sequence[int]) -> list[Completion]:
+        """One completion per rendered prompt, in order."""
+        handles = [self.handle(r.prefix) for r in rendered]
+        return self.engine.generate([r.ids for r in rendered], spec, keys=list(keys), prefix=handles)
+
+
+def longest(renderer: Renderer, *lengths: int) -> int:
+    """Token slots for a sequence of these parts plus its few-shot block, rounded up to 64."""
+    return -(-(renderer.overhead + sum(lengths)) // 64) * 64
+
+
+def check(config: Config) -> list[str]:
+    """Validate everything that can be without work: constitution, prompts, comparisons, checkpoints, disk.
+
+    Returns lines to print; raises InputError on the first thing that cannot be used.
+    """
+    lines = [_check_constitution(config)]
+    if {"revise", "rl"} & set(config.stages):
+        lines += [_check_prompts(config, kind) for kind in ("red_team", "helpful")]
+    if "pm" in config.stages and config.data.preferences not in ("", TOY):
+        rows, rejected = readers.read_comparisons(
+            config.data.preferences, max_bad_fraction=config.data.max_bad_fraction
+        )
+        if not rows:
+            raise InputError(f"data.preferences: no usable comparison in {config.data.preferences}.")
+        lines.append(f"preferences   {len(rows)} comparisons, {len(rejected)} rejected rows")
+    if "label" in config.stages and config.label.from_:
+        lines.append(f"labels        {len(readers.read_labels(config.label.from_))} imported")
+    if "evaluate" in config.stages and config.evaluate.hhh:
+        lines.append(f"hhh           {len(readers.read_hhh(config.evaluate.hhh))} questions")
+    lines += check_models(config)
+    return lines
+
+
+def _check_constitution(config: Config) -> str:
+    constitution = load_constitution(config.data.constitution)
+    for stage, phase in (("revise", "critique"), ("label", "comparison")):
+        if stage in config.stages and not constitution.principles_for(phase):
+            raise InputError(
+                f"Constitution {constitution.name!r} has no principle for phase {phase}, which stage {stage} needs."
+            )
+    critique, comparison = (len(constitution.principles_for(phase)) for phase in ("critique", "comparison"))
+    return f"constitution  {constitution.name}: {critique} critique, {comparison} comparison principles"
+
+
+def _check_prompts(config: Config, kind: str) -> str:
+    prompts, rejected = prompt_source(config, kind)
+    held_out = sum(p.split == "eval" for p in prompts)
+    if held_out == len(prompts):
+        raise InputError(f"data.{kind}: no prompt to train on ({len(prompts)} prompts, {held_out} held out).")
+    return f"{kind:13} {len(prompts)} prompts, {held_out} held out, {len(rejected)} rejected rows"
+
+
+def check_models(config: Config) -> list[str]:
+    """Check every checkpoint the configuration names: architecture, tensors, tokenizer, options; and the disk."""
+    from cai_fast.model import check as check_model
+    from cai_fast.rundir import require_free
+
+    lines, seen, disk = [], set(), 0
+    constitution = load_constitution(config.data.constitution)
+    for role in ("base", "assistant", "judge"):
+        name = config.role(role)
+        if name == TOY or name in seen:
+            continue
+        seen.add(name)
+        model = check_model(name)
+        renderer = Renderer(
+            Tokenizer.load(name), constitution, seed=config.seed, few_shot_pool=config.data.few_shot_pool
+        )
+        if role == "judge" or config.role("judge") == name:
+            renderer.options("cot" if config.label.cot else "comparison")
+        if renderer.tokenizer.vocab_size > model.vocab_size:
+            raise InputError(
+                f"{name}: the tokenizer has {renderer.tokenizer.vocab_size} tokens, "
+                f"the model's vocabulary {model.vocab_size}."
+            )
+        disk = max(disk, model.num_parameters * 4)
+        lines.append(f"{role:13} {name}: {model.model_type}, {model.num_parameters:,} parameters")
+    # Four exported models and, while training, weights plus two optimizer moments, twice (the old and the new state).
+    require_free(config.run_dir, disk * 10)
+    return lines
+
+
+def plan(config: Config) -> list[str]:
+    """Per stage: the work it will do. Lines to print."""
+    from cai_fast.plan import plan_lines
+
+    return plan_lines(config)
+
+
+def data_file_hash(spec: str) -> str:
+    """Hash of an input file, or the word toy."""
+    return TOY if spec in ("", TOY) else hash_file(Path(spec))
+
+

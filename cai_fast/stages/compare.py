@@ -1,0 +1,105 @@
+"""Stage compare: two answers to each red-team prompt, for the feedback model to judge.
+
+Paper §4.1: SL-CAI generates both answers, so that the preference model's data matches the policy that RL starts from.
+With `compare.base_fraction` a share of the pairs has one answer of the base model, on a random side.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cai_fast import pipeline, rng
+from cai_fast.engine import Completion
+from cai_fast.pipeline import Context
+from cai_fast.records import Comparison, Prompt, content_id, write_jsonl, write_tokens
+
+OUTPUTS = ("comparisons.jsonl", "tokens/comparisons.safetensors")
+
+
+def inputs(ctx: Context) -> dict[str, Any]:
+    """What this stage depends on."""
+    roles = ["sl_cai"] + (["base"] if ctx.config.compare.base_fraction else [])
+    return ctx.inputs("compare", files=["prompts.jsonl"], roles=roles)
+
+
+def run(ctx: Context) -> None:
+    """Write comparisons.jsonl and its token side file."""
+    cfg = ctx.config.compare
+    prompts = pipeline.load_prompts(ctx, kind="red_team", split="train")
+    chosen = pipeline.take(ctx, prompts, "compare", cfg.num_prompts)
+    by_id = {p.id: p for p in chosen}
+    worker = Worker(ctx)
+    wanted = [f"{p.id}/{n}" for n in range(cfg.pairs_per_prompt) for p in chosen]
+    rows = pipeline.journaled(
+        ctx, "compare", wanted, cfg.chunk, lambda ids: worker.pairs([(by_id[i.split("/")[0]], i) for i in ids])
+    )
+    if ctx.dist.is_main:
+        kept = [row for row in rows.values() if row["reject_reason"] is None]
+        write_jsonl(ctx.run.path("comparisons.jsonl"), [Comparison.from_json(row["record"]) for row in kept])
+        tokens = {key: (ids, None) for row in kept for key, ids in row["tokens"].items()}
+        write_tokens(ctx.run.path("tokens", "comparisons.safetensors"), tokens)
+        rejected = Counter(row["reject_reason"] for row in rows.values() if row["reject_reason"])
+        summary = {"requested": len(rows), "kept": len(kept), "rejected": dict(rejected)}
+        if len(rows) != len(kept) + sum(rejected.values()):
+            raise RuntimeError(f"compare: counts do not add up: {summary}")
+        ctx.log.info(f"compare: {summary}")
+        ctx.run.finish("compare", list(OUTPUTS), summary)
+    ctx.dist.barrier()
+
+
+class Worker:
+    """SL-CAI, and the base model where a share of the answers comes from it."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, cfg = ctx, ctx.config.compare
+        self.roles = ["sl_cai"] + (["base"] if cfg.base_fraction else [])
+        self.renderers = {role: ctx.renderer(role) for role in self.roles}
+        longest = pipeline.longest(self.renderers["sl_cai"], ctx.config.data.max_prompt_tokens, cfg.max_new_tokens)
+        self.engines = {role: ctx.engine(ctx.model(role), self.renderers[role], longest) for role in self.roles}
+        self.spec = pipeline.sampling(self.renderers["sl_cai"], "response", cfg.temperature, cfg.max_new_tokens)
+
+    def roles_of(self, item: str) -> tuple[str, str]:
+        """Which model writes response_a and response_b of a pair."""
+        cfg = self.ctx.config.compare
+        if rng.uniform(self.ctx.key("compare/mixed", item)) >= cfg.base_fraction:
+            return "sl_cai", "sl_cai"
+        return ("base", "sl_cai") if rng.choice(self.ctx.key("compare/side", item), 2) else ("sl_cai", "base")
+
+    def pairs(self, items: Sequence[tuple[Prompt, str]]) -> Iterator[dict[str, Any]]:
+        """Both answers of each pair; `items` are (prompt, '<prompt id>/<pair number>')."""
+        answers: dict[tuple[str, int], Completion] = {}
+        for role in self.roles:
+            jobs = [(p, item, side) for p, item in items for side in (0, 1) if self.roles_of(item)[side] == role]
+            ids = [self.renderers[role].dialogue(p.turns) for p, _, _ in jobs]
+            keys = [self.ctx.key("compare/response", item, side) for _, item, side in jobs]
+            done = self.engines[role].generate(ids, self.spec, keys=keys)
+            answers.update({(item, side): c for (_, item, side), c in zip(jobs, done, strict=True)})
+        for prompt, item in items:
+            yield self._row(prompt, item, answers[item, 0], answers[item, 1])
+
+    def _row(self, prompt: Prompt, item: str, a: Completion, b: Completion) -> dict[str, Any]:
+        renderer = self.renderers["sl_cai"]
+        first, second = renderer.finish(a.token_ids, "response"), renderer.finish(b.token_ids, "response")
+        identity = content_id("comparison", item)
+        source = pipeline.provenance(
+            self.ctx, "sl_cai", renderer, self.spec, parents=[prompt.id], roles=list(self.roles_of(item)),
+            rng=[self.ctx.config.seed, "compare/response", item],
+        )  # fmt: skip
+        record = Comparison(
+            identity, prompt.id, "harmless", "ai", first.text, second.text, prompt.split, source
+        )
+        return {
+            "id": item,
+            "record": record.to_json(),
+            "reject_reason": _defect(first.text, second.text, a, b),
+            "tokens": {f"{identity}/a": first.token_ids, f"{identity}/b": second.token_ids},
+        }
+
+
+def _defect(first: str, second: str, a: Completion, b: Completion) -> str | None:
+    """Why a pair cannot be compared, or None."""
+    if "length" in (a.finish_reason, b.finish_reason):
+        return "over_long"
+    if not first.strip() or not second.strip():
+        return "empty"
+    return "identical" if first == second else None

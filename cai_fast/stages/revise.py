@@ -1,0 +1,80 @@
+"""Stage revise: answers to red-team prompts, critiqued and revised N times, and plain answers to helpful prompts.
+
+Paper §3.1-3.2. The assistant (a helpful-only model) answers; in every round one principle is drawn with replacement,
+the model criticises the current response and rewrites it, and the revision takes the response's place. A chain whose
+text is empty, over-long, repetitive or starts with filler is rejected with the reason; nothing is dropped silently.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from cai_fast import pipeline
+from cai_fast.chains import Reviser
+from cai_fast.pipeline import Context
+from cai_fast.records import Helpful, Prompt, Revision, write_jsonl, write_tokens
+
+OUTPUTS = ("prompts.jsonl", "revisions.jsonl", "helpful.jsonl", "tokens/revisions.safetensors")
+
+
+def inputs(ctx: Context) -> dict[str, Any]:
+    """What this stage depends on."""
+    data = ctx.config.data
+    return ctx.inputs("revise", roles=["assistant"]) | {
+        "prompts": [pipeline.data_file_hash(data.red_team), pipeline.data_file_hash(data.helpful)]
+    }
+
+
+def run(ctx: Context) -> None:
+    """Write prompts.jsonl, revisions.jsonl, helpful.jsonl and the token side file."""
+    worker = Reviser(ctx)
+    cfg = ctx.config.revise
+    prompts = pipeline.prepare_prompts(ctx, worker.renderer)
+    train = [p for p in prompts if p.split == "train"]
+    red_team = pipeline.take(ctx, [p for p in train if p.kind == "red_team"], "revise", cfg.num_red_team)
+    helpful = pipeline.take(ctx, [p for p in train if p.kind == "helpful"], "revise/helpful", cfg.num_helpful)
+    _warn_refusals(ctx, worker, red_team[:64])
+    by_id = {p.id: p for p in train}
+    chains = pipeline.journaled(
+        ctx, "revise", [p.id for p in red_team], cfg.chunk, lambda ids: worker.chains([by_id[i] for i in ids])
+    )
+    wanted = [f"{p.id}/{n}" for p in helpful for n in range(cfg.helpful_samples)]
+    samples = pipeline.journaled(
+        ctx, "revise-helpful", wanted, cfg.chunk, lambda ids: worker.helpful([(by_id[i.split("/")[0]], i) for i in ids])
+    )
+    if ctx.dist.is_main:
+        _write(ctx, list(chains.values()), list(samples.values()))
+    ctx.dist.barrier()
+
+
+def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
+    """Journals -> records, with token ids in the side file; counts must add up."""
+    write_jsonl(ctx.run.path("revisions.jsonl"), [Revision.from_json(row["record"]) for row in chains])
+    kept = [row for row in samples if row["reject_reason"] is None]
+    write_jsonl(ctx.run.path("helpful.jsonl"), [Helpful.from_json(row["record"]) for row in kept])
+    tokens = {key: (ids, None) for row in chains + kept for key, ids in row["tokens"].items()}
+    write_tokens(ctx.run.path("tokens", "revisions.safetensors"), tokens)
+    summary = {
+        "requested": len(chains),
+        "kept": sum(row["record"]["kept"] for row in chains),
+        "rejected": dict(Counter(row["record"]["reject_reason"] for row in chains if not row["record"]["kept"])),
+        "helpful_requested": len(samples),
+        "helpful_kept": len(kept),
+        "helpful_rejected": dict(Counter(row["reject_reason"] for row in samples if row["reject_reason"])),
+    }
+    if summary["requested"] != summary["kept"] + sum(summary["rejected"].values()):
+        raise RuntimeError(f"revise: counts do not add up: {summary}")
+    ctx.log.info(f"revise: {summary}")
+    ctx.run.finish("revise", list(OUTPUTS), summary)
+
+
+def _warn_refusals(ctx: Context, worker: Reviser, prompts: Sequence[Prompt]) -> None:
+    """An aligned assistant that refuses leaves nothing to revise: say so before the work is done."""
+    answers = [finished.text for finished, _ in worker.answer(prompts, "revise/response", [0] * len(prompts))]
+    rate = sum(map(worker.renderer.is_refusal, answers)) / max(1, len(answers))
+    ctx.log.metrics("revise", 0, {"revise/refusal_rate": rate})
+    if rate > ctx.config.revise.refusal_warn:
+        ctx.log.warn(
+            f"revise: the assistant refuses {rate:.0%} of {len(answers)} red-team prompts, which leaves nothing to "
+            "revise; model.assistant should be a helpful-only model."
+        )
