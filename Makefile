@@ -16,7 +16,7 @@ demo: .venv/.stamp
 
 # One thread per test process: two of them share the cores.
 test: .venv/.stamp
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.stamp
 	$(PYTEST) -m slow $(ARGS)
@@ -33,6 +33,6 @@ clean:
 
 .venv/.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@

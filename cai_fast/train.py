@@ -1,0 +1,109 @@
+"""The one command: read the configuration, check every input, run the stages in order, print the result.
+
+    torchrun [--nproc-per-node N] cai_fast/train.py [--config PRESET|FILE.toml] [--section.key VALUE ...]
+
+Exit codes: 0 all requested stages are done; 1 a failure of the machine, such as a full disk; 2 bad input; 143 stopped by
+SIGTERM or Ctrl-C with its state saved. Nobody imports this file.
+"""
+
+import sys
+
+if __package__ in (None, ""):  # run as a file: Python put cai_fast/ itself on the path, not its parent
+    import pathlib
+
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+    import cai_fast  # noqa: F401 its __path__ is absolute, so the root can go again: `kernels` must stay hidden
+
+    del sys.path[0]
+
+import errno
+import importlib
+import os
+from typing import TYPE_CHECKING, TextIO
+
+from cai_fast import config
+from cai_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from cai_fast.distributed import Distributed
+
+FAILED, BAD_INPUT = 1, 2
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line says; returns the exit code. Every problem of the user's is one message on stderr."""
+    try:
+        command = config.parse(argv)
+        if command.action == "help":
+            _say(config.help_text())
+        else:
+            _work(command)
+    except InputError as error:
+        _say(f"error: {error}", sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" writing {error.filename}" if error.filename else ""
+        _say(f"error: no space left{where}. Free some space, then run the same command again to continue.", sys.stderr)
+        return FAILED
+    return 0
+
+
+def _work(command: config.Command) -> None:
+    """Everything that needs PyTorch, which is imported only now so that --help and typing errors answer at once."""
+    from cai_fast import distributed, pipeline
+
+    dist = distributed.init(command.config.model.device)
+    try:
+        if command.action == "plan":
+            _say("\n".join(pipeline.plan(command.config)))
+            return
+        lines = dist.on_main(lambda: pipeline.check(command.config))
+        if command.action == "check":
+            _say("\n".join([*lines, "All inputs are usable."]))
+            return
+        distributed.install_signal_handlers()
+        _run(command.config, dist)
+    except distributed.Stopped:
+        _say("Stopped by a signal; the work so far is saved. Run the same command again to continue.", sys.stderr)
+        raise
+    finally:
+        distributed.shutdown()
+
+
+def _run(cfg: config.Config, dist: "Distributed") -> None:
+    """Open the run folder, run every requested stage that is not done, print the table."""
+    from cai_fast import pipeline
+    from cai_fast.rundir import RunDir
+    from cai_fast.runlog import RunLog
+
+    run = RunDir.open(cfg.run_dir, cfg, restart_from=cfg.restart_from or None, dist=dist)
+    log = RunLog(run.path("metrics.jsonl"), dist.is_main)
+    ctx = pipeline.open_context(cfg, run, log, dist)
+    ran = []
+    for name in cfg.stages:
+        stage = importlib.import_module(f"cai_fast.stages.{name}")
+        inputs = stage.inputs(ctx)
+        if run.is_done(name, inputs):
+            log.info(f"{name}: done before")
+            continue
+        log.info(f"{name}: starting")
+        run.begin(name, inputs)
+        stage.run(ctx)
+        ran.append(name)
+    log.close()
+    _say("\n".join(pipeline.summary_lines(run)))
+    unread = config.unread(cfg, ran)
+    if unread:
+        raise InputError(f"These settings had no effect: {', '.join(unread)}. All stages are done; leave them out.")
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print on the one process that talks to the user."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=stream, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
