@@ -250,8 +250,12 @@ def _unknown(name: str) -> str:
         return ""
     section, dot, key = name.partition(".")
     if dot and section in SECTIONS:
-        return f"Unknown key {name}.{nearest(key, SECTIONS[section]().values())}"
+        return f"Unknown key {name}.{_nearest_key(section, key)}"
     return f"Unknown argument --{name}.{nearest(name, keys if dot else [*flags, *keys])}"
+
+
+def _nearest_key(section: str, key: str) -> str:
+    return nearest(key, SECTIONS[section]().values()).replace("mean '", f"mean '{section}.")
 
 
 def _set(tree: dict[str, Any], name: str, text: str) -> None:
@@ -303,7 +307,7 @@ def _section(name: str, table: dict[str, Any]) -> schema.Section:
     keys = {schema.key_of(f.name): f.name for f in dataclasses.fields(SECTIONS[name])}
     for key in table:
         if key not in keys:
-            raise InputError(f"Unknown key {name}.{key}.{nearest(key, keys)}")
+            raise InputError(f"Unknown key {name}.{key}.{_nearest_key(name, key)}")
     return SECTIONS[name](**{keys[key]: value for key, value in table.items()})
 
 

@@ -2,8 +2,8 @@
 
     torchrun [--nproc-per-node N] cai_fast/train.py [--config PRESET|FILE.toml] [--section.key VALUE ...]
 
-Exit codes: 0 all requested stages are done; 1 a failure of the machine, such as a full disk; 2 bad input; 143 stopped by
-SIGTERM or Ctrl-C with its state saved. Nobody imports this file.
+Exit codes: 0 all requested stages are done; 1 a failure of the machine, such as a full disk; 2 bad input; 143 stopped
+by SIGTERM or Ctrl-C with its state saved (torchrun itself turns all but 0 into 1). Nobody imports this file.
 """
 
 import sys
