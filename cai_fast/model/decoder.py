@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cai_fast.kernels import rms_norm, rope, swiglu
 from cai_fast.model.attention import Attend, packed_causal
 from cai_fast.model.config import ModelConfig
 from cai_fast.model.heads import ScalarHead, init_scalar
-from cai_fast.model.rope import RopeTables, apply_rope
+from cai_fast.model.rope import RopeTables
 
 
 class PackedBatch(Protocol):
@@ -41,7 +41,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        q, k = rope(self.q_norm(q), self.k_norm(k), cos, sin)
         return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
 
 
@@ -75,7 +75,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -123,7 +123,7 @@ class Model(nn.Module):
             self.score = ScalarHead(config.hidden_size)  # model.score(hidden [N, H]) -> [N] fp32
         elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rope = RopeTables(config)
+        self.rope_tables = RopeTables(config)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -170,7 +170,7 @@ class Model(nn.Module):
         x = self.model.embed_tokens(token_ids)
         if attend is None:
             attend = packed_causal(self.config, lens, cu_seqlens, x)
-        cos, sin = self.rope(positions)
+        cos, sin = self.rope_tables(positions)
         for block in self.model.layers:
             x = block(x, cos, sin, attend)
         return self.model.norm(x[:rows])

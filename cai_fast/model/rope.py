@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of every supported scaling, tables, and the rotation."""
+"""Rotary position embedding: the frequencies of every supported scaling, and tables of their cosines and sines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RopeTables:
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [T, 1, D/2], of the positions [T]."""
+        """(cos, sin), each [T, D/2] fp32, of the positions [T]."""
         limit = self.config.max_position_embeddings
         # Reading the largest position would stall a GPU, so there the table has its full length from the start.
         need = limit if positions.is_cuda else int(positions.max()) + 1
@@ -80,7 +80,7 @@ class RopeTables:
         if cos is None or cos.shape[0] < need:
             cos, sin = self._build(min(limit, max(256, 1 << (need - 1).bit_length())), positions.device)
             self.tables[positions.device] = cos, sin
-        return cos[positions][:, None], sin[positions][:, None]
+        return cos[positions], sin[positions]
 
     def _build(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         with torch.device("cpu"):  # even inside a meta-device context
@@ -91,32 +91,3 @@ class RopeTables:
             cos, sin = angle.double().cos() * factor, angle.double().sin() * factor
         return cos.float().to(device), sin.float().to(device)
 
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    out = torch.empty_like(x)
-    (x1, x2), (o1, o2) = x.chunk(2, -1), out.chunk(2, -1)
-    if x.dtype != torch.float32:
-        x1, x2 = x1.float(), x2.float()
-        o1.copy_(x1 * cos - sign * (x2 * sin))
-        o2.copy_(x2 * cos + sign * (x1 * sin))
-        return out
-    torch.mul(x1, cos, out=o1).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=o2).addcmul_(x1, sin, value=sign)
-    return out
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1.0), None, None  # the transpose of a rotation is the opposite rotation
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, heads, D] by cos, sin [T, 1, D/2]; halves are paired as in Hugging Face's checkpoints."""
-    return _Rope.apply(x, cos, sin)
