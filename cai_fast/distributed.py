@@ -1,0 +1,199 @@
+"""Ranks: process group, reductions, a shared work counter, and the agreement to stop.
+
+The only reader of torchrun's environment. With one process there is no process group and every call is local, so
+`python cai_fast/train.py` needs no environment. Methods marked "collective" must be called by all ranks.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from cai_fast.errors import InputError
+
+TIMEOUT = timedelta(hours=1)  # longer than any work that only rank 0 does (hashing or saving a checkpoint)
+GRAD_BUCKET = 64 * 2**20  # elements
+
+_signals: dict[str, int] = {}  # the last stop signal received by this process; written by the handler only
+
+
+class Stopped(SystemExit):
+    """Raised by a stage at a safe point after SIGTERM or Ctrl-C, once its state is on disk. Exit code 143."""
+
+    def __init__(self, message: str = "stopped by a signal; run the same command again to continue"):
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass
+class Distributed:
+    """This process among `world` processes. `device` is where its model lives."""
+
+    rank: int
+    world: int
+    device: torch.device
+    store: torch_dist.Store | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Collective."""
+        if self.world > 1:
+            torch_dist.all_reduce(torch.zeros(1))  # on the CPU: a NCCL barrier would have to guess the device
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Collective: `sum`, `max` or `min` over ranks, in place; returns the tensor."""
+        reduce_op = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX, "min": torch_dist.ReduceOp.MIN}[op]
+        if self.world > 1:
+            torch_dist.all_reduce(tensor, op=reduce_op)
+        return tensor
+
+    def all_reduce_sum(self, values: Any) -> Any:
+        """Collective: sum of floats in fp64, given and returned as a dict (same keys on all ranks) or a list."""
+        if isinstance(values, dict):
+            names = sorted(values)  # ranks may have inserted the keys in different orders
+            sums = dict(zip(names, self.all_reduce_sum([values[name] for name in names]), strict=True))
+            return {name: sums[name] for name in values}
+        return self.all_reduce(torch.tensor([float(v) for v in values], dtype=torch.float64)).tolist()
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """Collective: `value` of rank `src` (JSON only; other ranks' argument is ignored)."""
+        if self.world == 1:
+            return json.loads(json.dumps(value))  # the same conversions (tuple to list) as with more ranks
+        data = json.dumps(value).encode() if self.rank == src else b""
+        size = torch.tensor([len(data)])
+        torch_dist.broadcast(size, src)
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == src:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        torch_dist.broadcast(buffer, src)
+        return json.loads(buffer.numpy().tobytes())
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Collective: run `work` on rank 0 and give its JSON result, or its InputError, to every rank."""
+        if self.world == 1:
+            return work()
+        outcome: dict[str, Any] = {}
+        if self.is_main:
+            try:
+                outcome = {"result": work()}
+            except InputError as error:
+                outcome = {"error": str(error)}
+        outcome = self.broadcast_object(outcome)
+        if "error" in outcome:
+            raise InputError(outcome["error"])
+        return outcome["result"]
+
+    def next_item(self, name: str) -> int:
+        """0, 1, 2, ... over all ranks together; not collective. Use a new `name` for every list of work items."""
+        if self.store is not None:
+            return self.store.add(f"cai_fast/{name}", 1) - 1
+        self.counters[name] = self.counters.get(name, -1) + 1
+        return self.counters[name]
+
+    def all_reduce_grads(self, params: Iterable[Tensor]) -> None:
+        """Collective: sum of .grad over ranks (loss scales are global, so the sum is the gradient).
+
+        A rank without a gradient counts as zero; a parameter that no rank has used keeps `grad = None`, because an
+        optimizer treats None and zero differently (weight decay).
+        """
+        if self.world == 1:
+            return
+        params = list(params)
+        used = self.all_reduce(torch.tensor([p.grad is not None for p in params], dtype=torch.uint8), "max")
+        params = [p for p, flag in zip(params, used.tolist(), strict=True) if flag]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        while params:
+            bucket, elements = [params.pop(0)], 0
+            elements = bucket[0].numel()
+            while params and params[0].grad.dtype == bucket[0].grad.dtype and elements < GRAD_BUCKET:
+                elements += params[0].numel()
+                bucket.append(params.pop(0))
+            flat = self.all_reduce(torch.cat([p.grad.reshape(-1) for p in bucket]))
+            for p, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad.copy_(summed.view_as(p.grad))
+
+    def stop_agreed(self) -> bool:
+        """Collective: has any rank been asked to stop? With one process this reads a flag."""
+        if self.world == 1:
+            return stop_requested()
+        return bool(self.all_reduce(torch.tensor([int(stop_requested())]), "max").item())
+
+
+def init(device: str = "auto") -> Distributed:
+    """Join torchrun's processes, or be a world of one. `device`: auto, cpu, cuda."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and not torch.cuda.is_available():
+        raise InputError(f"model.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
+    place = torch.device("cpu")
+    if use_cuda:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {index} has no GPU: {torch.cuda.device_count()} found; lower --nproc-per-node"
+            )
+        place = torch.device("cuda", index)
+        torch.cuda.set_device(place)
+    if world == 1:
+        return Distributed(rank=0, world=1, device=place)
+    # Asked for here, not inside init_process_group, because the work counter needs the store as well.
+    store, rank, world = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    return Distributed(rank=rank, world=world, device=place, store=store)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    _signals["stop"] = number
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
+
+
+def install_signal_handlers() -> None:
+    """SIGTERM and the first Ctrl-C only set a flag; stage loops look at it through `stop_agreed`."""
+    _signals.clear()
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)
+
+
+def stop_requested() -> bool:
+    """Has this process received a stop signal?"""
+    return "stop" in _signals
+
+
+def global_moments(values: Tensor, weights: Tensor | None, dist: Distributed) -> tuple[Tensor, Tensor]:
+    """Collective: weighted mean and population variance over all ranks, as fp64 scalars.
+
+    values[N], weights[N] (None = ones); N may differ between ranks and be 0. Two passes, so that a mean far from zero
+    costs the variance no digits.
+    """
+    x = values.detach().double()
+    w = torch.ones_like(x) if weights is None else weights.detach().double()
+    total, count = dist.all_reduce(torch.stack([(w * x).sum(), w.sum()])).unbind()
+    count = count.clamp_min(torch.finfo(torch.float64).tiny)  # no weight anywhere: mean 0, variance 0
+    mean = total / count
+    variance = dist.all_reduce((w * (x - mean).square()).sum()) / count
+    return mean, variance

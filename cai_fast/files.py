@@ -1,0 +1,35 @@
+"""Files that are whole or absent: atomic writes and content hashes. Imports nothing from the package."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def fsync_dir(folder: str | os.PathLike[str]) -> None:
+    """Make renames, creations and deletions inside `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Replace `path` by `data`; at any instant the file holds all of the old or all of the new content."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk should get the failed attempt's bytes back
+    fsync_dir(path.parent)
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """sha256 of the content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

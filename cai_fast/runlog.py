@@ -1,0 +1,141 @@
+"""What a run tells its user: metrics.jsonl, progress with rate and ETA, and messages on stderr, from rank 0."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from torch import Tensor
+from tqdm import tqdm
+
+from cai_fast.distributed import Distributed
+from cai_fast.files import write_atomic
+
+PLAIN_INTERVAL = 10.0  # seconds between progress lines when stderr is not a terminal
+
+
+def truncate_metrics(path: str | os.PathLike[str], stages: Collection[str], step: int = 0) -> None:
+    """Drop the lines of `stages` with step >= `step`: the resumed run will write them again."""
+    path = Path(path)
+    if not path.exists():
+        return
+    old, kept = path.read_bytes(), []
+    for line in old.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a kill or a full disk
+            continue
+        if line.endswith(b"\n") and (row["stage"] not in stages or row["step"] < step):
+            kept.append(line)
+    if b"".join(kept) != old:
+        write_atomic(path, b"".join(kept))
+
+
+class Mean:
+    """Named means kept as (sum, count), so that ranks and microbatches of unequal size combine exactly."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, list[Any]] = {}
+
+    def add(self, name: str, total: float | Tensor, count: float | Tensor = 1) -> None:
+        """Add a sum over `count` things. Tensors stay on their device until `reduce`: no synchronisation here."""
+        entry = self.totals.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + (total.detach().double() if isinstance(total, Tensor) else total)
+        entry[1] = entry[1] + (count.detach().double() if isinstance(count, Tensor) else count)
+
+    def reduce(self, dist: Distributed) -> dict[str, float]:
+        """Collective (same names on all ranks): the global means; nothing counted gives nan. Starts afresh."""
+        local = {f"{name}/{part}": float(v) for name, e in self.totals.items() for part, v in enumerate(e)}
+        sums, names = dist.all_reduce_sum(local), list(self.totals)
+        self.totals = {}
+        return {n: sums[f"{n}/0"] / sums[f"{n}/1"] if sums[f"{n}/1"] else math.nan for n in names}
+
+
+class Progress:
+    """A tqdm bar on a terminal, otherwise a plain line at most every 10 s; silent on other ranks."""
+
+    def __init__(self, total: int, desc: str, unit: str, *, initial: int = 0, file: TextIO | None = None,
+                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+        self.total, self.desc, self.unit, self.count, self.initial = total, desc, unit, initial, initial
+        self.file, self.clock = file, clock
+        self.started = self.printed = clock()
+        self.note = ""
+        self.bar: tqdm[Any] | None = None
+        if file is not None and file.isatty():
+            self.bar = tqdm(total=total, desc=desc, unit=" " + unit, initial=initial, file=file, dynamic_ncols=True)
+
+    def update(self, n: int = 1, **values: float | str) -> None:
+        """`n` more are done; `values` are shown behind (loss, reward, ...)."""
+        self.count += n
+        if values:
+            self.note = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        if self.bar is not None:
+            if values:
+                self.bar.set_postfix_str(self.note, refresh=False)
+            self.bar.update(n)
+        elif self.file is not None and self.clock() - self.printed >= PLAIN_INTERVAL:
+            self._print()
+
+    def _print(self) -> None:
+        self.printed = self.clock()
+        elapsed = self.printed - self.started
+        rate = (self.count - self.initial) / elapsed if elapsed > 0 else 0.0
+        left = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
+        parts = [f"{self.desc}: {self.count}/{self.total} {self.unit}", f"{rate:.3g}/s"]
+        parts.append(f"ETA {left}" if self.count < self.total else f"took {tqdm.format_interval(elapsed)}")
+        print(", ".join(parts + [self.note] * bool(self.note)), file=self.file, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.file is not None:
+            self._print()
+        self.file = self.bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class RunLog:
+    """metrics.jsonl at `path` and messages on stderr. Only the main rank writes anything."""
+
+    def __init__(self, path: str | os.PathLike[str], is_main: bool = True):
+        self.path, self.is_main = Path(path), is_main
+        self.started = time.monotonic()
+        if is_main:
+            truncate_metrics(self.path, ())  # drops a torn last line, to which the next one would be glued
+
+    def metrics(self, stage: str, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """One line {stage, step, time, name: value, ...}; values that JSON cannot hold (nan, inf) become null."""
+        if not self.is_main:
+            return
+        row: dict[str, Any] = {"stage": stage, "step": step, "time": round(time.time(), 3)}
+        for name, value in values.items():
+            number = value.item() if isinstance(value, Tensor) else value
+            row[name] = number if not isinstance(number, float) or math.isfinite(number) else None
+        with open(self.path, "a", encoding="utf-8") as file:  # opened anew, because truncation replaces the file
+            file.write(json.dumps(row) + "\n")
+
+    def truncate(self, stage: str, step: int) -> None:
+        """On resume: forget what this stage logged from `step` on."""
+        if self.is_main:
+            truncate_metrics(self.path, (stage,), step)
+
+    def progress(self, total: int, desc: str, unit: str = "it", *, initial: int = 0) -> Progress:
+        """Progress of `total` units of which `initial` were done before this process started."""
+        return Progress(total, desc, unit, initial=initial, file=sys.stderr if self.is_main else None)
+
+    def info(self, message: str) -> None:
+        if self.is_main:  # tqdm.write keeps an open progress bar below the message
+            tqdm.write(f"[{tqdm.format_interval(time.monotonic() - self.started)}] {message}", file=sys.stderr)
+
+    def warn(self, message: str) -> None:
+        self.info(f"warning: {message}")
