@@ -46,8 +46,9 @@ class Reviser:
         cfg, self.ctx = ctx.config.revise, ctx
         self.renderer: Renderer = ctx.renderer("assistant")
         longest = pipeline.longest(
-            self.renderer, ctx.config.data.max_prompt_tokens, 2 * cfg.max_new_tokens, cfg.critique_max_new_tokens
-        )
+            ctx, self.renderer, "critique", ctx.config.data.max_prompt_tokens,
+            2 * cfg.max_new_tokens, cfg.critique_max_new_tokens,
+        )  # fmt: skip
         self.engine = ctx.engine(ctx.model("assistant"), self.renderer, longest)
         self.prefixes = Prefixes(self.engine)
         self.specs = {

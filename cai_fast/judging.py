@@ -48,7 +48,9 @@ class Judge:
         self.ctx, self.role, self.cfg = ctx, role, ctx.config.label
         self.renderer = ctx.renderer(role)
         longest = pipeline.longest(
+            ctx,
             self.renderer,
+            "cot" if self.cfg.cot else "comparison",
             ctx.config.data.max_prompt_tokens,
             2 * ctx.config.compare.max_new_tokens,
             self.cfg.cot_max_new_tokens if self.cfg.cot else 0,
@@ -86,13 +88,7 @@ class Judge:
 
     def _read_options(self, questions: Sequence[Question], rendered: Sequence[Rendered]) -> None:
         """Score the two options after each prompt and add probability of letter A and option mass."""
-        scored = self.engine.score(
-            [r.ids + self.options.suffix for r in rendered],
-            self.options.option_ids,
-            prefix=[self.prefixes.handle(r.prefix) for r in rendered],
-            return_mass=True,
-        )
-        for question, logprob, mass in zip(questions, scored[0].tolist(), scored[1].tolist(), strict=True):
+        for question, logprob, mass in zip(questions, *self.prefixes.score(rendered, self.options), strict=True):
             question.probs.append(math.exp(logprob[0]))
             question.masses.append(mass)
 
@@ -108,7 +104,8 @@ class Judge:
             for question, prompt, completion in zip(questions, rendered, completions, strict=True):
                 thought = self.renderer.finish(completion.token_ids, "cot")
                 question.cot.append(thought.text)
-                answered.append(self.renderer.cot_answer(prompt, thought))
+                ids = prompt.ids + thought.token_ids[:-1] + self.renderer.cot_answer_suffix()
+                answered.append(Rendered(prompt.prefix, ids, prompt.few_shot_ids))
             self._read_options(questions, answered)
 
     def _labels(self, comparisons: Sequence[Comparison], questions: Sequence[Question]) -> list[dict[str, Any]]:

@@ -20,10 +20,10 @@ from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.prompts import fit_turns
-from cai_fast.records import Comparison, Prompt
+from cai_fast.records import Comparison, Prompt, Turn
 from cai_fast.rundir import RunDir, hash_file, hash_model
 from cai_fast.runlog import RunLog
-from cai_fast.tokenizer import Rendered, Renderer, Tokenizer
+from cai_fast.tokenizer import Options, Rendered, Renderer, Tokenizer
 
 TOY = "toy"
 CHECKPOINTS = "checkpoints"
@@ -288,10 +288,39 @@ class Prefixes:
         handles = [self.handle(r.prefix) for r in rendered]
         return self.engine.generate([r.ids for r in rendered], spec, keys=list(keys), prefix=handles)
 
+    def score(self, rendered: Sequence[Rendered], options: Options) -> tuple[list[list[float]], list[float]]:
+        """Log-probabilities [B][K] over the options after each prompt, and the options' share [B] of all tokens."""
+        logprobs, masses = [[0.0]] * len(rendered), [0.0] * len(rendered)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, r in enumerate(rendered):
+            groups.setdefault(tuple(r.prefix), []).append(index)
+        for prefix, members in groups.items():
+            prompts = [rendered[index].ids + options.suffix for index in members]
+            scored, mass = self.engine.score(
+                prompts, options.option_ids, prefix=self.handle(prefix), return_mass=True
+            )
+            for index, values, share in zip(members, scored.tolist(), mass.tolist(), strict=True):
+                logprobs[index], masses[index] = values, share
+        return logprobs, masses
 
-def longest(renderer: Renderer, *lengths: int) -> int:
-    """Token slots for a sequence of these parts plus its few-shot block, rounded up to 64."""
-    return -(-(renderer.overhead + sum(lengths)) // 64) * 64
+
+def longest(ctx: Context, renderer: Renderer, phase: str, *lengths: int) -> int:
+    """Token slots for `phase` (response, critique, comparison or cot) around texts of these lengths, in blocks of 64.
+
+    What the format adds (few-shot block, requests, principle) is measured by rendering it around empty texts.
+    """
+    turns, sizes = (Turn("human", ""),), [len(renderer.dialogue((Turn("human", ""),)))]
+    blocks = range(-1, ctx.config.data.few_shot_pool)
+    if phase == "critique":
+        for principle in ctx.constitution.principles_for("critique"):
+            sizes += [r.length for fs in (-1, 0) for r in (renderer.revision(turns, "", principle, "", fs),)]
+            sizes += [r.length for fs in (-1, 0) for r in (renderer.direct_revision(turns, "", principle, fs),)]
+    elif phase in ("comparison", "cot"):
+        render = renderer.comparison if phase == "comparison" else renderer.cot
+        for principle in ctx.constitution.principles_for("comparison"):
+            sizes += [render(turns, "", "", principle, fs).length for fs in blocks]
+        sizes = [max(sizes) + len(renderer.cot_answer_suffix()) + 8]
+    return -(-(max(sizes) + sum(lengths) + 16) // 64) * 64
 
 
 def check(config: Config) -> list[str]:

@@ -54,7 +54,9 @@ class Worker:
         self.ctx, cfg = ctx, ctx.config.compare
         self.roles = ["sl_cai"] + (["base"] if cfg.base_fraction else [])
         self.renderers = {role: ctx.renderer(role) for role in self.roles}
-        longest = pipeline.longest(self.renderers["sl_cai"], ctx.config.data.max_prompt_tokens, cfg.max_new_tokens)
+        longest = pipeline.longest(
+            ctx, self.renderers["sl_cai"], "response", ctx.config.data.max_prompt_tokens, cfg.max_new_tokens
+        )
         self.engines = {role: ctx.engine(ctx.model(role), self.renderers[role], longest) for role in self.roles}
         self.spec = pipeline.sampling(self.renderers["sl_cai"], "response", cfg.temperature, cfg.max_new_tokens)
 

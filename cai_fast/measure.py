@@ -1,0 +1,150 @@
+"""Measurements that need models: answers of a policy, preference scores, exact KL, the judge's verdicts.
+
+Everything is keyed and journaled like the other stages' work, so an interrupted evaluation continues.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cai_fast import kernels, pipeline
+from cai_fast.batching import Example, bins, pack, pack_targets, segment_sum
+from cai_fast.judging import Judge
+from cai_fast.model import Model
+from cai_fast.pipeline import Context
+from cai_fast.records import Comparison, Prompt, content_id
+from cai_fast.tokenizer import Renderer
+
+MICRO_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a policy to a held-out prompt; `token_ids` end with the stop token, `stopped` if it was sampled."""
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    stopped: bool
+
+
+def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
+    """One sampled answer of the model in `role` to every prompt."""
+    cfg = ctx.config.evaluate
+    by_id = {p.id: p for p in prompts}
+    worker: list[tuple[Renderer, object]] = []  # made when there is work to do
+
+    def process(ids: list[str]) -> Iterator[dict]:
+        if not worker:
+            renderer = ctx.renderer(role)
+            length = pipeline.longest(
+                ctx, renderer, "response", ctx.config.data.max_prompt_tokens, cfg.max_new_tokens
+            )
+            worker.append((renderer, ctx.engine(ctx.model(role), renderer, length)))
+        renderer, engine = worker[0]
+        spec = pipeline.sampling(renderer, "response", cfg.temperature, cfg.max_new_tokens)
+        keys = [ctx.key(f"evaluate/{role}", i, cfg.seed_offset) for i in ids]
+        done = engine.generate([renderer.dialogue(by_id[i].turns) for i in ids], spec, keys=keys)
+        for i, completion in zip(ids, done, strict=True):
+            finished = renderer.finish(completion.token_ids, "response")
+            yield {
+                "id": i,
+                "text": finished.text,
+                "token_ids": finished.token_ids,
+                "stopped": completion.finish_reason == "stop",
+            }
+
+    rows = pipeline.journaled(ctx, f"evaluate-{role}", list(by_id), ctx.config.compare.chunk * 4, process)
+    return [Answer(by_id[i], row["text"], row["token_ids"], row["stopped"]) for i, row in rows.items()]
+
+
+@torch.no_grad()
+def preference_scores(model: Model, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Score of a preference model at the last token of each sequence (its end-of-context token)."""
+    scores = [0.0] * len(sequences)
+    device = model.device
+    for group in bins([len(s) for s in sequences], MICRO_TOKENS):
+        packed = pack([sequences[i] for i in group], device)
+        hidden = model.hidden(packed.token_ids, packed.positions, packed.cu_seqlens)
+        last = model.score(hidden[packed.cu_seqlens[1:].long() - 1])
+        for i, value in zip(group, last.tolist(), strict=True):
+            scores[i] = value
+    return scores
+
+
+def score_answers(ctx: Context, model: Model, renderer: Renderer, rows: Sequence[Answer]) -> list[float]:
+    """Preference scores of answers."""
+    return preference_scores(model, [renderer.preference(a.prompt.turns, a.token_ids) for a in rows])
+
+
+@torch.no_grad()
+def exact_kl(policy: Model, reference: Model, renderer: Renderer, rows: Sequence[Answer]) -> list[float]:
+    """Sum over the response's tokens of KL(policy || reference) over the whole vocabulary, in nats per answer."""
+    kl = [0.0] * len(rows)
+    examples = [Example(str(i), renderer.dialogue(a.prompt.turns), a.token_ids) for i, a in enumerate(rows)]
+    device = policy.device
+    for group in bins([e.tokens for e in examples], MICRO_TOKENS):
+        batch = pack_targets([examples[i] for i in group], device)
+        packed = batch.packed
+        states = [
+            m.hidden(packed.token_ids, packed.positions, packed.cu_seqlens)[batch.rows] for m in (policy, reference)
+        ]
+        tokens = kernels.linear_kl(states[0], policy.lm_head_weight, states[1], reference.lm_head_weight).kl
+        for i, value in zip(group, segment_sum(tokens, batch.cu_targets).tolist(), strict=True):
+            kl[i] = value
+    return kl
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's view of two policies' answers to one prompt: P(first is better), and in either order."""
+
+    first: str
+    second: str
+    prompt: Prompt
+    texts: tuple[str, str]
+    prob: float
+    prob_ab: float | None
+    prob_ba: float | None
+
+
+def verdicts(ctx: Context, by_policy: dict[str, dict[str, Answer]], pairs: Sequence[tuple[str, str]],
+             prompts: Sequence[Prompt]) -> list[Verdict]:
+    """Judge the answers of each pair of policies to each prompt, in both orders, as stage label does."""
+    jobs: dict[str, tuple[str, str, Prompt, Comparison]] = {}
+    for first, second in pairs:
+        for p in prompts:
+            a, b = by_policy[first][p.id].text, by_policy[second][p.id].text
+            if a.strip() and b.strip() and a != b:
+                key = content_id("judge", first, second, p.id)
+                jobs[key] = (first, second, p, Comparison(key, p.id, "harmless", "ai", a, b, p.split))
+    judge: list[Judge] = []
+
+    def process(ids: list[str]) -> Iterator[dict]:
+        if not judge:
+            judge.append(Judge(ctx, "judge"))
+        yield from judge[0].label([(jobs[i][3], jobs[i][2].turns) for i in ids])
+
+    rows = pipeline.journaled(ctx, "evaluate-judge", list(jobs), ctx.config.label.chunk, process)
+    result = []
+    for key, row in rows.items():
+        first, second, prompt, comparison = jobs[key]
+        view = row["record"]["per_principle"][0]
+        result.append(Verdict(first, second, prompt, (comparison.response_a, comparison.response_b),
+                              row["record"]["prob_a"], view["prob_a_ab"], view["prob_a_ba"]))  # fmt: skip
+    return result
+
+
+def interval(values: Sequence[float], clusters: Sequence[str], samples: int, seed: int) -> dict[str, float]:
+    """Mean with a 95 % interval by bootstrap over clusters (prompts), as {mean, lo, hi, n}."""
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) == 0:
+        return {"mean": float("nan"), "lo": float("nan"), "hi": float("nan"), "n": 0}
+    index = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums, counts = np.bincount(index, weights=x), np.bincount(index)
+    draw = np.random.default_rng(seed).integers(0, len(counts), size=(samples, len(counts)))
+    means = sums[draw].sum(1) / counts[draw].sum(1) if samples else np.asarray([x.mean()])
+    lo, hi = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(x.mean()), "lo": float(lo), "hi": float(hi), "n": len(x)}
