@@ -1,0 +1,7 @@
+"""Generation and option scoring with the trainer's own model: continuous batching over a slot KV cache."""
+
+from cai_fast.engine.engine import Engine
+from cai_fast.engine.prefix import Prefix
+from cai_fast.engine.requests import Completion, Sampling, Tree
+
+__all__ = ["Completion", "Engine", "Prefix", "Sampling", "Tree"]

@@ -1,0 +1,142 @@
+"""Attention of the engine's phases, handed to `model.hidden(..., attend=...)`; rotary embedding is applied.
+
+T rows, Hq query and Hkv key-value heads, D head size. Rows of `q` beyond the described sequences are padding: what
+comes out there is zero.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cai_fast.engine.cache import SlotCache, round_up
+from cai_fast.model import ModelConfig
+from cai_fast.model.attention import Attend
+
+# The CPU kernel works on blocks of query rows, and a row of a full block does not depend on the rest of the block.
+# So rows and keys are aligned to blocks by their absolute position and padded with zeros: a token's bits then depend
+# neither on its neighbours nor on where a shared prefix ends.
+BLOCK = 32
+
+Store = Callable[[int, Tensor, Tensor], None]
+
+
+def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """bool [..., Q, K]: which keys a query sees, by absolute positions [..., Q, 1] and [K]."""
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
+
+
+class _Group:
+    """Sequences alike in context length and padded length: one SDPA call a layer."""
+
+    def __init__(self, before: int, size: int, members: list[tuple[int, int, list[Tensor]]],
+                 device: torch.device) -> None:
+        self.before, self.front, self.size = before, before % BLOCK, size
+        self.count, self.keys = len(members), before - self.front + size
+        source = [torch.arange(start, start + n) for start, n, _ in members]
+        self.source = torch.cat(source).to(device)  # packed row of each token
+
+        def places(offset: int, stride: int) -> Tensor:
+            rows = [torch.arange(n) + (i * stride + offset) for i, (_, n, _) in enumerate(members)]
+            return torch.cat(rows).to(device)
+
+        self.query_place, self.key_place = places(self.front, size), places(before, self.keys)
+        self.contexts = [context for _, _, context in members]
+        shared = all(a is b for context in self.contexts for a, b in zip(context, self.contexts[0], strict=False))
+        self.shared = shared and len({len(context) for context in self.contexts}) == 1
+        self.masks: dict[int | None, Tensor | None] = {}
+
+    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """None where plain top-left causal attention is right."""
+        if window is not None and window >= self.keys:
+            window = None
+        if self.before == 0 and window is None:
+            return None
+        if window not in self.masks:
+            keys = torch.arange(self.keys, device=device)
+            self.masks[window] = band(keys[self.before - self.front :, None], keys, window)
+        return self.masks[window]
+
+    def fill(self, layer: int, which: int, x: Tensor) -> Tensor:
+        """Keys (which 0) or values (1) of context and sequence, padded: [count, Hkv, keys, D]."""
+        out = x.new_zeros(self.count * self.keys, *x.shape[1:]).index_copy_(0, self.key_place, x[self.source])
+        out = out.unflatten(0, (self.count, self.keys)).transpose(1, 2)
+        if self.before:
+            for target, context in [(out, self.contexts[0])] if self.shared else zip(out, self.contexts, strict=True):
+                target[..., : self.before, :] = torch.cat([kv[layer, which] for kv in context], dim=1)
+        return out
+
+
+class ContextAttend:
+    """Causal attention of packed sequences, each after its own (possibly empty) chain of cached keys.
+
+    `contexts[s]`: stretches `(layers, 2, Hkv, n, D)` of keys and values that precede sequence s;
+    `store(layer, k, v)` receives the new keys and values [T, Hkv, D] of each layer.
+    """
+
+    def __init__(self, config: ModelConfig, lens: Sequence[int], contexts: Sequence[list[Tensor]], *,
+                 store: Store | None, device: torch.device) -> None:
+        self.config, self.store, self.rows = config, store, sum(lens)
+        groups: dict[tuple[int, int], list[tuple[int, int, list[Tensor]]]] = {}
+        row = 0
+        for n, context in zip(lens, contexts, strict=True):
+            before = sum(kv.shape[3] for kv in context)
+            if n:
+                groups.setdefault((before, round_up(before % BLOCK + n, BLOCK)), []).append((row, n, context))
+            row += n
+        self.groups = [_Group(before, size, members, device) for (before, size), members in groups.items()]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+        if self.store is not None:
+            self.store(layer, k[: self.rows], v[: self.rows])
+        result = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        window, grouped = self.config.window(layer), q.shape[1] != k.shape[1]
+        for group in self.groups:
+            queries = q.new_zeros(group.count * group.size, *q.shape[1:])
+            queries.index_copy_(0, group.query_place, q[group.source])
+            queries = queries.unflatten(0, (group.count, group.size)).transpose(1, 2)
+            mask = group.mask(window, q.device)
+            out = F.scaled_dot_product_attention(queries, group.fill(layer, 0, k), group.fill(layer, 1, v), mask,
+                                                 is_causal=mask is None, enable_gqa=grouped)
+            out = out.transpose(1, 2).flatten(0, 1)
+            result.index_copy_(0, group.source, out.index_select(0, group.query_place))
+        return result
+
+
+class StoringAttend:
+    """The trainer's packed attention, which also hands the keys and values of each layer to `store`."""
+
+    def __init__(self, attend: Attend, store: Store) -> None:
+        self.attend, self.store = attend, store
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+        self.store(layer, k, v)
+        return self.attend(layer, q, k, v)
+
+
+class DecodeAttend:
+    """One new token a request: write its keys and values to slot i = row i, attend to the slot's `width` positions."""
+
+    def __init__(self, config: ModelConfig, cache: SlotCache, positions: Tensor, width: int) -> None:
+        n, device = positions.shape[0], positions.device
+        self.config, self.cache, self.rows, self.width = config, cache, n, width
+        self.index = cache.index(torch.arange(n, device=device), positions)
+        self.masks: dict[int | None, Tensor] = {}
+        for window in {config.window(layer) for layer in range(config.num_layers)}:
+            seen = band(positions[:, None], torch.arange(width, device=device), window)
+            # Additive and made once a step: a bool mask is converted again in every layer.
+            mask = torch.zeros(seen.shape, dtype=cache.kv.dtype, device=device)
+            self.masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+        n = self.rows
+        self.cache.write(layer, self.index, k[:n], v[:n])
+        keys, values = self.cache.kv[layer, :, :n, :, : self.width]
+        out = F.scaled_dot_product_attention(q[:n, :, None], keys, values, self.masks[self.config.window(layer)],
+                                             enable_gqa=q.shape[1] != k.shape[1]).squeeze(2)
+        return out if q.shape[0] == n else F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - n))

@@ -1,0 +1,202 @@
+"""The engine: continuous batching, prefix handles and scoring on the trainer's own model instance (design.md §8)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cai_fast.engine import scoring
+from cai_fast.engine.attend import BLOCK
+from cai_fast.engine.cache import WIDTH_STEP, SlotCache, round_up
+from cai_fast.engine.prefix import Prefix
+from cai_fast.engine.requests import Completion, Sampling, Tree
+from cai_fast.engine.rows import Rows
+from cai_fast.engine.stops import Decodes, StopStrings
+from cai_fast.engine.trunk import Trunk
+from cai_fast.errors import InputError
+from cai_fast.model import Model
+
+Progress = Callable[[int, Completion], None]
+
+
+class _Request:
+    """One prompt of a `generate` call."""
+
+    __slots__ = ("index", "key", "length", "prefix", "prompt", "sampling")
+
+    def __init__(self, index: int, prompt: list[int], sampling: Sampling, key: int, prefix: Prefix | None) -> None:
+        self.index, self.prompt, self.sampling, self.key, self.prefix = index, prompt, sampling, key, prefix
+        self.length = len(prompt) + (0 if prefix is None else len(prefix))
+
+    @property
+    def total(self) -> int:
+        """Positions reserved for it: the worst case."""
+        return self.length + self.sampling.max_new_tokens
+
+
+class Engine:
+    """Generates and scores with `model`, at most `max_batch` requests of `max_len` tokens at a time.
+
+    deterministic: every GEMM has a multiple of 32 rows and attention runs on aligned blocks, so that on one machine
+    a request's tokens and log-probs are bitwise the same alone, in any batch or order, and with any `max_batch`.
+    (MKL with several threads keeps this up to layer widths of 512.) `prefill_tokens` bounds one prefill or scoring
+    pass, `tokenizer` is needed for stop strings only, `counters` adds up work since the engine was made.
+    """
+
+    def __init__(self, model: Model, *, max_len: int, max_batch: int = 64, deterministic: bool = True,
+                 prefill_tokens: int = 8192, tokenizer: Decodes | None = None) -> None:
+        limit = model.config.max_position_embeddings
+        if max_batch < 1 or prefill_tokens < 1 or not 1 <= max_len <= limit:
+            raise InputError(f"engine: max_batch {max_batch} and prefill_tokens {prefill_tokens} must be >= 1, and "
+                             f"max_len {max_len} between 1 and the model's {limit} positions")
+        config, weight = model.config, model.lm_head_weight.detach()
+        self.model, self.max_batch, self.max_len, self.prefill_tokens = model, max_batch, max_len, prefill_tokens
+        self._trunk = Trunk(model, deterministic)
+        self._cache = SlotCache(config.num_layers, max_batch, config.num_kv_heads, max_len, config.head_dim, weight)
+        self._stops = None if tokenizer is None else StopStrings(tokenizer, config.vocab_size, weight.device)
+        self._slots = round_up(max_batch, BLOCK)  # rows of the decode state: every padded batch fits
+        self._cu = torch.arange(self._slots + 1, dtype=torch.int32, device=weight.device)
+        self._epoch = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """trunk_tokens, padding_tokens, prefill_tokens, generated_tokens, head_rows."""
+        return self._trunk.counters
+
+    def invalidate(self) -> None:
+        """Declare that the model's weights changed: every prefix handle made so far becomes an error."""
+        self._epoch += 1
+
+    def _version(self) -> tuple[int, ...]:
+        """Changes with `invalidate` and with every in-place update of a parameter that autograd counts."""
+        return (self._epoch, *(p._version for p in self.model.parameters()))
+
+    def _check_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
+        version = self._version() if any(prefix is not None for prefix in prefixes) else ()
+        if any(prefix is not None and prefix.version != version for prefix in prefixes):
+            raise InputError("engine: a prefix handle was made with other weights; make it again with Engine.prefix")
+
+    @torch.no_grad()
+    def prefix(self, token_ids: Sequence[int]) -> Prefix:
+        """Compute a prompt prefix once; the handle serves `generate` and `score` until the weights change."""
+        if not 0 < len(token_ids) <= self.max_len:
+            raise InputError(f"engine: a prefix has 1 to max_len {self.max_len} tokens, found {len(token_ids)}")
+        hidden, kvs = self._trunk.collect([token_ids], [[]])
+        self.counters["prefill_tokens"] += len(token_ids)
+        return Prefix(tuple(token_ids), kvs[0], hidden[-1].clone(), self._version())
+
+    @torch.no_grad()
+    def score(self, items: Sequence[Tree | Sequence[int]], option_ids: Tensor | Sequence[Sequence[int]], *,
+              prefix: Prefix | None = None, return_mass: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probabilities [B, K], normalised over K options, of the first token after each prompt or tree leaf.
+
+        items: prompts (token ids) or trees, whose leaves count in depth-first order; option_ids [K, G]: the token
+        variants of an option, -1 = absent. With return_mass also [B]: the options' share of the full vocabulary.
+        """
+        self._check_prefixes([prefix])
+        return scoring.score(self._trunk, items, torch.as_tensor(option_ids), prefix, max_len=self.max_len,
+                             max_tokens=self.prefill_tokens, return_mass=return_mass)
+
+    @torch.no_grad()
+    def logprobs(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *,
+                 temperature: float = 1.0) -> list[list[float]]:
+        """Log-probability of every response token after its prompt, by the trainer's packed forward and head."""
+        return scoring.logprobs(self._trunk, prompts, responses, temperature, max_tokens=self.prefill_tokens)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling], *,
+                 keys: Sequence[int] | None = None, prefix: Prefix | Sequence[Prefix | None] | None = None,
+                 progress: Progress | None = None) -> list[Completion]:
+        """One completion a prompt, in the order of the prompts; a prompt is `prefix.token_ids + prompt`.
+
+        keys (63-bit; default: the prompt's index) and the token's index in the response decide all randomness.
+        Equal prompts that start together are prefilled once. progress(index, completion) is called as they finish.
+        """
+        queue = self._requests(prompts, sampling, keys, prefix)
+        done: dict[int, Completion] = {}
+
+        def finish(completions: list[tuple[int, Completion]]) -> None:
+            for index, completion in completions:
+                done[index] = completion
+                self.counters["generated_tokens"] += len(completion.token_ids)
+                if progress is not None:
+                    progress(index, completion)
+
+        finish([(r.index, Completion([], [], "length")) for r in queue if r.sampling.max_new_tokens == 0])
+        # Taken from the end, longest first, so that no long request is left running alone. Equal prompts stay together.
+        queue = sorted((r for r in queue if r.sampling.max_new_tokens), key=lambda r: r.total)
+        if queue:
+            rows = Rows(self._cache, self._slots, [r.sampling for r in queue], self._stops)
+            patience = max(1, self.max_batch // 8)  # free slots worth a prefill
+            while queue or len(rows):
+                free = self.max_batch - len(rows)
+                if queue and (not len(rows) or free >= min(patience, len(queue))):
+                    flagged = self._admit(rows, [queue.pop() for _ in range(min(free, len(queue)))])
+                else:
+                    flagged = self._decode(rows)
+                if flagged:
+                    finish(rows.leave(rows.finished(flagged)))
+        return [done[i] for i in range(len(prompts))]
+
+    def _requests(self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling],
+                  keys: Sequence[int] | None, prefix: Prefix | Sequence[Prefix | None] | None) -> list[_Request]:
+        """Check the arguments of `generate` and put them together."""
+        count = len(prompts)
+        samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
+        prefixes = [prefix] * count if prefix is None or isinstance(prefix, Prefix) else list(prefix)
+        keys = list(range(count)) if keys is None else list(keys)
+        for name, values in (("sampling", samplings), ("keys", keys), ("prefix", prefixes)):
+            if len(values) != count:
+                raise InputError(f"engine: {name} has {len(values)} entries for {count} prompts")
+        self._check_prefixes(prefixes)
+        requests = [_Request(*r) for r in zip(range(count), prompts, samplings, keys, prefixes, strict=True)]
+        for r in requests:
+            if r.length == 0:
+                raise InputError(f"engine: prompt {r.index} is empty; a prompt needs at least one token")
+            if r.total > self.max_len:
+                raise InputError(f"engine: prompt {r.index} has {r.length} tokens; with max_new_tokens "
+                                 f"{r.sampling.max_new_tokens} that exceeds max_len {self.max_len}. Shorten the "
+                                 "prompt, lower max_new_tokens or raise engine.max_len")
+            if r.sampling.stop_strings and self._stops is None:
+                raise InputError("engine: stop strings need a tokenizer; pass tokenizer= to Engine")
+        return requests
+
+    def _admit(self, rows: Rows, requests: list[_Request]) -> list[tuple[int, int]]:
+        """Prefill requests into free slots and sample their first tokens; equal prompts are computed once."""
+        at = rows.join([r.index for r in requests], [r.sampling for r in requests], [r.length for r in requests],
+                       [r.key for r in requests])
+        first: dict[tuple[int, tuple[int, ...]], int] = {}
+        twins = [first.setdefault((id(r.prefix), tuple(r.prompt)), n) for n, r in enumerate(requests)]
+        unique = list(first.values())
+        hidden = self._cache.kv.new_empty(len(requests), self.model.config.hidden_size)
+        for group in scoring.bins([len(requests[n].prompt) for n in unique], self.prefill_tokens):
+            members = [unique[g] for g in group]
+            hidden[members] = self._prefill([requests[n] for n in members], [at.start + n for n in members])
+        for n, source in enumerate(twins):
+            if n != source:
+                self._cache.fill(at.start + n, self._cache.read(at.start + source, requests[n].length))
+        return rows.emit(at, self._trunk.logits(hidden[twins]))
+
+    def _prefill(self, requests: list[_Request], slots: list[int]) -> Tensor:
+        """Write the prompts' keys and values into their slots -> [n, H]: what predicts each first token."""
+        prompts, prefixes = [r.prompt for r in requests], [r.prefix for r in requests]
+        for slot, prefix in zip(slots, prefixes, strict=True):
+            if prefix is not None:
+                self._cache.fill(slot, prefix.kv)
+        if not any(prompts):
+            return torch.stack([prefix.last_hidden for prefix in prefixes])
+        trunk = self._trunk
+        where = trunk.tensor([slot for slot, prompt in zip(slots, prompts, strict=True) for _ in prompt])
+        index = self._cache.index(where, trunk.tensor(
+            [position for r in requests for position in range(r.length - len(r.prompt), r.length)]))
+        contexts = [[] if prefix is None else [prefix.kv] for prefix in prefixes]
+        hidden = trunk.packed(prompts, contexts, lambda layer, k, v: self._cache.write(layer, index, k, v))
+        self.counters["prefill_tokens"] += hidden.shape[0]
+        return trunk.last(hidden, [len(prompt) for prompt in prompts], prefixes)
+
+    def _decode(self, rows: Rows) -> list[tuple[int, int]]:
+        """One more token for every active row."""
+        count, width = len(rows), round_up(rows.width(), WIDTH_STEP)
+        logits = self._trunk.decode(rows.token, rows.position, self._cache, count, width, self._cu)
+        rows.step += 1
+        return rows.emit(slice(0, count), logits)

@@ -1,0 +1,90 @@
+"""Forward passes of the model for the engine: row padding, cached contexts, last rows, work counters."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cai_fast.engine.attend import BLOCK, ContextAttend, DecodeAttend, Store, StoringAttend
+from cai_fast.engine.cache import SlotCache, round_up
+from cai_fast.engine.prefix import Prefix
+from cai_fast.model import Model
+from cai_fast.model.attention import packed_causal
+
+COUNTERS = ("trunk_tokens", "padding_tokens", "prefill_tokens", "generated_tokens", "head_rows")
+
+
+class Trunk:
+    """The engine's view of the model. deterministic: every GEMM has a multiple of 32 rows."""
+
+    def __init__(self, model: Model, deterministic: bool) -> None:
+        self.model, self.device, self.deterministic = model, model.lm_head_weight.device, deterministic
+        self.counters = dict.fromkeys(COUNTERS, 0)
+
+    def rows(self, count: int) -> int:
+        """Rows that a GEMM on `count` rows is padded to."""
+        return round_up(max(count, 1), BLOCK) if self.deterministic else count
+
+    def tensor(self, values: Sequence[int]) -> Tensor:
+        """int64 tensor on the model's device."""
+        return torch.tensor(values, dtype=torch.int64).to(self.device)
+
+    def packed(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]],
+               store: Store | None = None) -> Tensor:
+        """Hidden states [T, H] of packed sequences, each after its chain of cached keys and values."""
+        lens = [len(tokens) for tokens in token_ids]
+        total = sum(lens)
+        padding = self.rows(total) - total
+        flat = [token for tokens in token_ids for token in tokens] + [0] * padding
+        positions: list[int] = []
+        for context, n in zip(contexts, lens, strict=True):
+            before = sum(kv.shape[3] for kv in context)
+            positions += range(before, before + n)
+        cu = torch.tensor([0, *lens, padding], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
+        config, weight = self.model.config, self.model.lm_head_weight
+        if self.device.type == "cuda" and not any(contexts):
+            plain = packed_causal(config, [*lens, padding], cu, weight)
+            attend = plain if store is None else StoringAttend(plain, lambda i, k, v: store(i, k[:total], v[:total]))
+        else:
+            attend = ContextAttend(config, lens, contexts, store=store, device=self.device)
+        hidden = self.model.hidden(self.tensor(flat), self.tensor(positions + [0] * padding), cu, attend=attend)
+        self.counters["trunk_tokens"] += total
+        self.counters["padding_tokens"] += padding
+        return hidden[:total]
+
+    def collect(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]]
+                ) -> tuple[Tensor, list[Tensor]]:
+        """As `packed`, with each sequence's keys and values `(layers, 2, Hkv, n, D)`."""
+        kept: list[Tensor] = []
+        hidden = self.packed(token_ids, contexts, lambda layer, k, v: kept.append(torch.stack((k, v))))
+        kv = torch.stack(kept).transpose(2, 3)
+        return hidden, list(kv.split([len(tokens) for tokens in token_ids], dim=3))
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, count: int, width: int, cu: Tensor
+               ) -> Tensor:
+        """Logits [count, V] after one more token of rows 0..count-1; the buffers have room for padding rows."""
+        rows = self.rows(count)
+        attend = DecodeAttend(self.model.config, cache, positions[:count], width)
+        hidden = self.model.hidden(tokens[:rows], positions[:rows], cu[: rows + 1], attend=attend)
+        self.counters["trunk_tokens"] += count
+        self.counters["padding_tokens"] += rows - count
+        self.counters["head_rows"] += count
+        return F.linear(hidden, self.model.lm_head_weight)[:count]
+
+    def padded(self, hidden: Tensor) -> Tensor:
+        """Rows for the head, filled up with zeros."""
+        self.counters["head_rows"] += hidden.shape[0]
+        return F.pad(hidden, (0, 0, 0, self.rows(hidden.shape[0]) - hidden.shape[0]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, V]."""
+        return F.linear(self.padded(hidden), self.model.lm_head_weight)[: hidden.shape[0]]
+
+    def last(self, hidden: Tensor, lens: Sequence[int], prefixes: Sequence[Prefix | None]) -> Tensor:
+        """Hidden state [S, H] that predicts the token after each packed sequence; an empty one ends with its prefix."""
+        last = hidden[(self.tensor(lens).cumsum(0) - 1).clamp_min(0)]
+        for i, (n, prefix) in enumerate(zip(lens, prefixes, strict=True)):
+            if n == 0:
+                last[i] = prefix.last_hidden
+        return last

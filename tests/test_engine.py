@@ -1,0 +1,262 @@
+"""The engine: equality with the trainer and transformers, independence of batching, stopping, limits, slots."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cai_fast.engine import Completion, Engine, Sampling
+from cai_fast.errors import InputError
+from cai_fast.model import Model, ModelConfig, init_random
+
+VOCAB = 61
+CONFIG = ModelConfig(vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+                     head_dim=16, max_position_embeddings=1024)
+
+
+class Letters:
+    """A tokenizer of one to three letters a token."""
+
+    vocab_size = VOCAB
+
+    def __init__(self) -> None:
+        pieces = [a + b for a in "abcdef" for b in "xyz\n:"]
+        self.pieces = [*"abcdefxyz\n:", *pieces, *(p + "q" for p in pieces)][:VOCAB]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+def make_model(config: ModelConfig = CONFIG, seed: int = 0) -> Model:
+    # A large init makes attention and logits matter: with 0.02 every distribution would be nearly uniform.
+    return init_random(config, seed, std=0.3)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model()
+
+
+def some_prompts(count: int, seed: int = 0, longest: int = 70) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def engine(model: Model, **options: object) -> Engine:
+    return Engine(model, **{"max_batch": 16, "max_len": 160, **options})
+
+
+def replay(model: Model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Logits [len(tokens), V] of the trainer's packed forward at the positions that predict `tokens`."""
+    ids = torch.tensor(prompt + tokens)
+    with torch.no_grad():
+        hidden = model.hidden(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
+        return F.linear(hidden, model.lm_head_weight)[len(prompt) - 1 : -1]
+
+
+def test_greedy_equals_transformers(model: Model, tmp_path: object) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model.save(tmp_path)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompts = some_prompts(6)
+    found = engine(model).generate(prompts, Sampling(temperature=0, max_new_tokens=20, stop_token_ids=(3,)))
+    for prompt, completion in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        expected = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
+                                   eos_token_id=3, pad_token_id=0)[0, len(prompt) :].tolist()
+        assert completion.token_ids == expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_trainers_forward(model: Model, temperature: float) -> None:
+    prompts = some_prompts(20)
+    found = engine(model).generate(prompts, Sampling(temperature=temperature, max_new_tokens=40))
+    again = engine(model).logprobs(prompts, [c.token_ids for c in found], temperature=temperature)
+    for prompt, completion, other in zip(prompts, found, again, strict=True):
+        logits = replay(model, prompt, completion.token_ids)
+        expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        tolerance = 1e-5 * logits.abs().max().item() / temperature
+        assert (torch.tensor(completion.logprobs) - expected).abs().max() <= tolerance
+        assert (torch.tensor(other) - expected).abs().max() <= tolerance
+
+
+def test_sampled_frequencies_follow_the_model(model: Model) -> None:
+    count, prompt, keys = 4000, [1, 2, 3], range(9, 4009)
+    found = engine(model, max_batch=500).generate([prompt] * count, Sampling(max_new_tokens=1), keys=keys)
+    seen = torch.bincount(torch.tensor([c.token_ids[0] for c in found]), minlength=VOCAB) / count
+    expected = replay(model, prompt, [0])[0].softmax(-1)
+    assert ((seen - expected).abs() <= 4.5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("shape", [{}, {"sliding_window": 24, "model_type": "mistral"}])
+def test_bits_do_not_depend_on_batch_order_or_slots(shape: dict) -> None:
+    model = make_model(ModelConfig(**{**vars(CONFIG), **shape}))
+    prompts, keys = some_prompts(40), [1000 + 7 * i for i in range(40)]
+    sampling = [Sampling(max_new_tokens=5 + i % 30, stop_token_ids=(3,)) for i in range(40)]
+    whole = engine(model, max_batch=16).generate(prompts, sampling, keys=keys)
+    assert len({tuple(c.token_ids) for c in whole}) > 30
+    assert {c.finish_reason for c in whole} == {"stop", "length"}
+
+    def subset(order: list[int], max_batch: int, prefill_tokens: int = 8192) -> None:
+        runner = engine(model, max_batch=max_batch, prefill_tokens=prefill_tokens)
+        chosen, laws = [prompts[i] for i in order], [sampling[i] for i in order]
+        assert runner.generate(chosen, laws, keys=[keys[i] for i in order]) == [whole[i] for i in order]
+
+    for i in (0, 7, 23):
+        subset([i], 1)
+    order = list(range(40))
+    random.Random(1).shuffle(order)
+    subset(order, 40)
+    subset(order, 3, prefill_tokens=50)
+    subset(order[:17], 33)
+
+
+def test_mixed_sampling_equals_alone(model: Model) -> None:
+    prompts = some_prompts(24)
+    sampling = [Sampling(temperature=(0.0, 0.6, 1.0)[i % 3], top_k=(0, 5)[i % 2], top_p=(1.0, 0.8)[i // 2 % 2],
+                         max_new_tokens=12) for i in range(24)]
+    whole = engine(model).generate(prompts, sampling)
+    for i in range(0, 24, 5):
+        assert engine(model).generate([prompts[i]], sampling[i], keys=[i]) == [whole[i]]
+        if sampling[i].top_k:
+            logits = replay(model, prompts[i], whole[i].token_ids)
+            allowed = logits.topk(5).indices
+            assert (allowed == torch.tensor(whole[i].token_ids)[:, None]).any(1).all()
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 37, 70, 200, 300])
+def test_prefix_changes_no_bit(model: Model, length: int) -> None:
+    shared, rest = some_prompts(1, seed=length, longest=1)[0] * length, some_prompts(12, seed=5, longest=40)
+    shared = [(t + i) % VOCAB for i, t in enumerate(shared)]
+    sampling = Sampling(max_new_tokens=20)
+    runner = engine(model, max_len=400)
+    handle = runner.prefix(shared)
+    plain = runner.generate([shared + p for p in rest] + [shared], sampling)
+    assert runner.generate([*rest, []], sampling, prefix=handle) == plain
+    before = runner.counters["prefill_tokens"]
+    mixed = runner.generate([rest[0], shared + rest[1]], sampling, prefix=[handle, None], keys=[0, 1])
+    assert mixed == plain[:2]
+    assert runner.counters["prefill_tokens"] - before == len(rest[0]) + len(shared + rest[1])
+
+
+def test_stale_prefix_is_refused() -> None:
+    model = make_model()
+    runner = engine(model)
+    handle = runner.prefix([1, 2, 3])
+    runner.invalidate()
+    with pytest.raises(InputError, match="other weights"):
+        runner.generate([[4]], Sampling(max_new_tokens=1), prefix=handle)
+    handle = runner.prefix([1, 2, 3])
+    with torch.no_grad():
+        model.lm_head_weight.mul_(1.5)
+    with pytest.raises(InputError, match="other weights"):
+        runner.score([[4]], [[1], [2]], prefix=handle)
+
+
+def test_weight_changes_show(model: Model) -> None:
+    changed = make_model()
+    runner = engine(changed)
+    first = runner.generate([[1, 2]], Sampling(temperature=0, max_new_tokens=30))
+    changed.load_state_dict(make_model(seed=1).state_dict())
+    second = runner.generate([[1, 2]], Sampling(temperature=0, max_new_tokens=30))
+    assert first != second
+    assert second == engine(make_model(seed=1)).generate([[1, 2]], Sampling(temperature=0, max_new_tokens=30))
+
+
+def test_equal_prompts_are_prefilled_once(model: Model) -> None:
+    prompts, sampling = some_prompts(3, longest=30), Sampling(max_new_tokens=8)
+    runner = engine(model)
+    found = runner.generate([p for p in prompts for _ in range(4)], sampling, keys=range(12))
+    assert runner.counters["prefill_tokens"] == sum(map(len, prompts))
+    for i, completion in enumerate(found):
+        assert engine(model).generate([prompts[i // 4]], sampling, keys=[i]) == [completion]
+    assert len({tuple(c.token_ids) for c in found[:4]}) > 1
+
+
+def test_empty_requests_and_generations(model: Model) -> None:
+    runner = engine(model)
+    assert runner.generate([], Sampling()) == []
+    seen: list[int] = []
+    assert runner.generate([[5], [6]], Sampling(max_new_tokens=0), progress=lambda i, c: seen.append(i)) == [
+        Completion([], [], "length")] * 2
+    assert sorted(seen) == [0, 1]
+    first = runner.generate([[5]], Sampling(temperature=0, max_new_tokens=4))[0].token_ids[0]
+    stopped = runner.generate([[5]], Sampling(temperature=0, max_new_tokens=4, stop_token_ids=(60, first)))
+    assert stopped[0].token_ids == [first] and stopped[0].finish_reason == "stop"
+
+
+def test_stop_token_at_the_limit_counts_as_stop(model: Model) -> None:
+    tokens = engine(model).generate([[5]], Sampling(max_new_tokens=9))[0].token_ids
+    last = tokens[-1]
+    cut = tokens.index(last) + 1
+    found = engine(model).generate([[5]], Sampling(max_new_tokens=cut, stop_token_ids=(last,)))[0]
+    assert (found.token_ids, found.finish_reason) == (tokens[:cut], "stop")
+
+
+def test_stop_strings_across_token_borders(model: Model) -> None:
+    letters, prompts = Letters(), some_prompts(60)
+    free = engine(model).generate(prompts, Sampling(max_new_tokens=60))
+    stops = ("ax", "\nb", "zzzz", "yc:")
+    runner = engine(model, tokenizer=letters)
+    sampling = [Sampling(max_new_tokens=60, stop_strings=stops if i % 3 else ()) for i in range(60)]
+    borders = 0
+    for i, found in enumerate(runner.generate(prompts, sampling)):
+        tokens, reason = free[i].token_ids, "length"
+        if i % 3:
+            for n in range(1, len(tokens) + 1):
+                if any(stop in letters.decode(tokens[:n]) for stop in stops):
+                    borders += not any(stop in letters.pieces[tokens[n - 1]] for stop in stops)
+                    tokens, reason = tokens[:n], "stop"
+                    break
+        assert (found.token_ids, found.finish_reason) == (tokens, reason)
+    assert borders >= 5
+    with pytest.raises(InputError, match="tokenizer"):
+        engine(model).generate([[1]], sampling[1])
+
+
+def test_overflow_and_bad_arguments_are_named(model: Model) -> None:
+    runner = engine(model, max_len=20)
+    assert runner.generate([[1] * 15], Sampling(max_new_tokens=5))[0].finish_reason == "length"
+    with pytest.raises(ValueError, match=r"prompt 1 has 16 tokens; with max_new_tokens 5 .* max_len 20"):
+        runner.generate([[1], [1] * 16], Sampling(max_new_tokens=5))
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        runner.generate([[]], Sampling())
+    with pytest.raises(InputError, match="keys has 1 entries for 2 prompts"):
+        runner.generate([[1], [2]], Sampling(max_new_tokens=1), keys=[1])
+    with pytest.raises(InputError, match="max_len"):
+        Engine(model, max_len=5000)
+    wrong = {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "max_new_tokens": -1, "stop_strings": ("",)}
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=name.replace("_strings", " string")):
+            Sampling(**{name: value})
+
+
+def test_poisoned_slots_do_not_leak(model: Model) -> None:
+    prompts, sampling = some_prompts(5), Sampling(max_new_tokens=10)
+    runner = engine(model)
+    expected = runner.generate(prompts, sampling)
+    runner._cache.kv.fill_(1e30)
+    assert runner.generate(prompts, sampling) == expected
+
+
+def test_progress_reports_every_request_once(model: Model) -> None:
+    seen: dict[int, Completion] = {}
+    found = engine(model).generate(some_prompts(50), Sampling(max_new_tokens=6), progress=seen.__setitem__)
+    assert [seen[i] for i in range(50)] == found
+
+
+def test_ten_thousand_requests_leave_no_slot_behind() -> None:
+    model = make_model(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1,
+                                   num_kv_heads=1, head_dim=16, max_position_embeddings=64))
+    rng = random.Random(0)
+    prompts = [[rng.randrange(16) for _ in range(rng.randint(1, 6))] for _ in range(10_000)]
+    sampling = [Sampling(max_new_tokens=rng.randint(0, 8), stop_token_ids=(3,)) for _ in prompts]
+    runner = Engine(model, max_batch=256, max_len=16)
+    found = runner.generate(prompts, sampling)
+    assert all(len(c.token_ids) <= s.max_new_tokens for c, s in zip(found, sampling, strict=True))
+    assert all((c.finish_reason == "stop") == (3 in c.token_ids) for c in found)
+    assert runner.counters["generated_tokens"] == sum(len(c.token_ids) for c in found)
+    for i in range(0, 10_000, 997):
+        assert runner.generate([prompts[i]], sampling[i], keys=[i]) == [found[i]]
