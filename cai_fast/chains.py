@@ -45,8 +45,7 @@ class Reviser:
     def __init__(self, ctx: Context) -> None:
         cfg, self.ctx = ctx.config.revise, ctx
         self.renderer: Renderer = ctx.renderer("assistant")
-        longest = pipeline.longest(
-            ctx, self.renderer, "critique", ctx.config.data.max_prompt_tokens,
+        longest = pipeline.longest(self.renderer, ctx.config.data.max_prompt_tokens,
             2 * cfg.max_new_tokens, cfg.critique_max_new_tokens,
         )  # fmt: skip
         self.engine = ctx.engine(ctx.model("assistant"), self.renderer, longest)
@@ -60,9 +59,7 @@ class Reviser:
             )
         }
 
-    def answer(
-        self, prompts: Sequence[Prompt], stage: str, draws: Sequence[int]
-    ) -> list[tuple[Finished, str | None]]:
+    def answer(self, prompts: Sequence[Prompt], stage: str, draws: Sequence[int]) -> list[tuple[Finished, str | None]]:
         """A plain answer to each prompt, with the reason to reject it if there is one."""
         keys = [self.ctx.key(stage, p.id, n) for p, n in zip(prompts, draws, strict=True)]
         ids = [self.renderer.dialogue(p.turns) for p in prompts]
@@ -112,18 +109,14 @@ class Reviser:
             if c.reject_reason is None:
                 c.add(finished, reason, f"revision {number + 1}")
 
-    def _critiques(
-        self, chains: list[Chain], principles: list[Principle], shots: list[int], number: int
-    ) -> list[str]:
+    def _critiques(self, chains: list[Chain], principles: list[Principle], shots: list[int], number: int) -> list[str]:
         rendered = [
             self.renderer.critique(c.prompt.turns, c.responses[-1], p, shot)
             for c, p, shot in zip(chains, principles, shots, strict=True)
         ]
         keys = [self.ctx.key("revise/critique", c.prompt.id, number) for c in chains]
         texts = []
-        for c, completion in zip(
-            chains, self.prefixes.generate(rendered, self.specs["critique"], keys), strict=True
-        ):
+        for c, completion in zip(chains, self.prefixes.generate(rendered, self.specs["critique"], keys), strict=True):
             finished, reason = self._finish(completion, "critique")
             if reason:
                 c.reject_reason = f"critique {number + 1}: {reason}"

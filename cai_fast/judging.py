@@ -48,9 +48,7 @@ class Judge:
         self.ctx, self.role, self.cfg = ctx, role, ctx.config.label
         self.renderer = ctx.renderer(role)
         longest = pipeline.longest(
-            ctx,
             self.renderer,
-            "cot" if self.cfg.cot else "comparison",
             ctx.config.data.max_prompt_tokens,
             2 * ctx.config.compare.max_new_tokens,
             self.cfg.cot_max_new_tokens if self.cfg.cot else 0,
@@ -66,9 +64,7 @@ class Judge:
         if self.cfg.cot:
             self._answer_with_cot(questions)
         else:
-            rendered = [
-                self.renderer.comparison(q.turns, *q.answers, q.principle, q.few_shot) for q in questions
-            ]
+            rendered = [self.renderer.comparison(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
             self._read_options(questions, rendered)
         labels = self._labels([c for c, _ in items], questions)
         yield from labels
@@ -96,15 +92,13 @@ class Judge:
         """Sample chains of thought, read the answer after each; several samples are averaged (paper §2)."""
         rendered = [self.renderer.cot(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
         for sample in range(self.cfg.cot_samples):
-            keys = [
-                self.ctx.key("label/cot", f"{q.comparison.id}/{q.number}/{q.order}", sample) for q in questions
-            ]
+            keys = [self.ctx.key("label/cot", f"{q.comparison.id}/{q.number}/{q.order}", sample) for q in questions]
             completions = self.prefixes.generate(rendered, self.spec, keys)
             answered = []
             for question, prompt, completion in zip(questions, rendered, completions, strict=True):
                 thought = self.renderer.finish(completion.token_ids, "cot")
                 question.cot.append(thought.text)
-                ids = prompt.ids + thought.token_ids[:-1] + self.renderer.cot_answer_suffix()
+                ids = prompt.ids + thought.body_ids + self.renderer.cot_answer_suffix()
                 answered.append(Rendered(prompt.prefix, ids, prompt.few_shot_ids))
             self._read_options(questions, answered)
 

@@ -39,9 +39,7 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
     def process(ids: list[str]) -> Iterator[dict]:
         if not worker:
             renderer = ctx.renderer(role)
-            length = pipeline.longest(
-                ctx, renderer, "response", ctx.config.data.max_prompt_tokens, cfg.max_new_tokens
-            )
+            length = pipeline.longest(renderer, ctx.config.data.max_prompt_tokens, cfg.max_new_tokens)
             worker.append((renderer, ctx.engine(ctx.model(role), renderer, length)))
         renderer, engine = worker[0]
         spec = pipeline.sampling(renderer, "response", cfg.temperature, cfg.max_new_tokens)
@@ -56,7 +54,7 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
                 "stopped": completion.finish_reason == "stop",
             }
 
-    rows = pipeline.journaled(ctx, f"evaluate-{role}", list(by_id), ctx.config.compare.chunk * 4, process)
+    rows = pipeline.journaled(ctx, f"evaluate.{role}", list(by_id), ctx.config.compare.chunk * 4, process)
     return [Answer(by_id[i], row["text"], row["token_ids"], row["stopped"]) for i, row in rows.items()]
 
 
@@ -110,8 +108,9 @@ class Verdict:
     prob_ba: float | None
 
 
-def verdicts(ctx: Context, by_policy: dict[str, dict[str, Answer]], pairs: Sequence[tuple[str, str]],
-             prompts: Sequence[Prompt]) -> list[Verdict]:
+def verdicts(
+    ctx: Context, by_policy: dict[str, dict[str, Answer]], pairs: Sequence[tuple[str, str]], prompts: Sequence[Prompt]
+) -> list[Verdict]:
     """Judge the answers of each pair of policies to each prompt, in both orders, as stage label does."""
     jobs: dict[str, tuple[str, str, Prompt, Comparison]] = {}
     for first, second in pairs:
@@ -127,7 +126,7 @@ def verdicts(ctx: Context, by_policy: dict[str, dict[str, Answer]], pairs: Seque
             judge.append(Judge(ctx, "judge"))
         yield from judge[0].label([(jobs[i][3], jobs[i][2].turns) for i in ids])
 
-    rows = pipeline.journaled(ctx, "evaluate-judge", list(jobs), ctx.config.label.chunk, process)
+    rows = pipeline.journaled(ctx, "evaluate.judge", list(jobs), ctx.config.label.chunk, process)
     result = []
     for key, row in rows.items():
         first, second, prompt, comparison = jobs[key]

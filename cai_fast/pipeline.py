@@ -20,13 +20,14 @@ from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.prompts import fit_turns
-from cai_fast.records import Comparison, Prompt, Turn
+from cai_fast.records import Comparison, Journal, Prompt
 from cai_fast.rundir import RunDir, hash_file, hash_model
 from cai_fast.runlog import RunLog
 from cai_fast.tokenizer import Options, Rendered, Renderer, Tokenizer
 
 TOY = "toy"
 CHECKPOINTS = "checkpoints"
+TABLE = ("harm", "helpful", "evasive", "objection", "malformed", "refusal_rate", "pm_score", "kl", "length")
 
 
 @dataclass
@@ -164,10 +165,7 @@ def take(ctx: Context, prompts: Sequence[Prompt], name: str, count: int) -> list
 
 
 def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
-    """The run's prompts; made from the sources and written to prompts.jsonl by the first stage that needs them."""
-    path = ctx.run.path("prompts.jsonl")
-    if path.is_file():
-        return records.read_jsonl(path, Prompt)
+    """The run's prompts; from the sources, written to prompts.jsonl."""
     kept: list[Prompt] = []
     data = ctx.config.data
     for kind, count in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
@@ -186,13 +184,10 @@ def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
             )
         if not any(p.split == "train" for p in fitting):
             raise InputError(f"{kind} prompts: none left to train on (of {total} rows).")
-        ctx.log.info(
-            f"{kind} prompts: {len(fitting)} used, {over_long} over-long, {len(rejected)} malformed rows"
-        )
+        ctx.log.info(f"{kind} prompts: {len(fitting)} used, {over_long} over-long, {len(rejected)} malformed rows")
         kept += fitting
     if ctx.dist.is_main:
-        records.write_jsonl(path, kept)
-    ctx.dist.barrier()
+        records.write_jsonl(ctx.run.path("prompts.jsonl"), kept)
     return kept
 
 
@@ -241,7 +236,7 @@ def journaled(
     ctx.dist.barrier()  # nobody appends before everybody has read
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
-    with ctx.run.journal(stage, ctx.dist.rank) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
+    with Journal(ctx.run.journal(stage, ctx.dist.rank)) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
         while (number := ctx.dist.next_item(stage)) < len(chunks):
             expected = set(chunks[number])
             for row in process(chunks[number]):
@@ -261,8 +256,8 @@ def journaled(
 
 def _journal_rows(ctx: Context, stage: str) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for path in sorted(ctx.run.path("journal").glob(f"{stage}.*.jsonl")):
-        with records.Journal(path) as journal:
+    for path in sorted(ctx.run.path("journal").glob(f"{stage}.[0-9]*.jsonl")):
+        with Journal(path) as journal:
             rows.update((row["id"], row) for row in journal.rows())
     return rows
 
@@ -290,37 +285,33 @@ class Prefixes:
 
     def score(self, rendered: Sequence[Rendered], options: Options) -> tuple[list[list[float]], list[float]]:
         """Log-probabilities [B][K] over the options after each prompt, and the options' share [B] of all tokens."""
+        if options.sequences:
+            return self._score_sequences(rendered, options.sequences)
         logprobs, masses = [[0.0]] * len(rendered), [0.0] * len(rendered)
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, r in enumerate(rendered):
             groups.setdefault(tuple(r.prefix), []).append(index)
         for prefix, members in groups.items():
             prompts = [rendered[index].ids + options.suffix for index in members]
-            scored, mass = self.engine.score(
-                prompts, options.option_ids, prefix=self.handle(prefix), return_mass=True
-            )
+            scored, mass = self.engine.score(prompts, options.option_ids, prefix=self.handle(prefix), return_mass=True)
             for index, values, share in zip(members, scored.tolist(), mass.tolist(), strict=True):
                 logprobs[index], masses[index] = values, share
         return logprobs, masses
 
+    def _score_sequences(
+        self, rendered: Sequence[Rendered], sequences: Sequence[Sequence[int]]
+    ) -> tuple[list[list[float]], list[float]]:
+        """The same where no single token tells the options apart: whole options, normalised over them."""
+        prompts = [[*r.prefix, *r.ids] for r in rendered for _ in sequences]
+        scored = self.engine.logprobs(prompts, [s for _ in rendered for s in sequences])
+        totals = torch.tensor([sum(row) for row in scored], dtype=torch.float64).view(len(rendered), len(sequences))
+        mass = totals.logsumexp(1)
+        return (totals - mass[:, None]).tolist(), mass.exp().tolist()
 
-def longest(ctx: Context, renderer: Renderer, phase: str, *lengths: int) -> int:
-    """Token slots for `phase` (response, critique, comparison or cot) around texts of these lengths, in blocks of 64.
 
-    What the format adds (few-shot block, requests, principle) is measured by rendering it around empty texts.
-    """
-    turns, sizes = (Turn("human", ""),), [len(renderer.dialogue((Turn("human", ""),)))]
-    blocks = range(-1, ctx.config.data.few_shot_pool)
-    if phase == "critique":
-        for principle in ctx.constitution.principles_for("critique"):
-            sizes += [r.length for fs in (-1, 0) for r in (renderer.revision(turns, "", principle, "", fs),)]
-            sizes += [r.length for fs in (-1, 0) for r in (renderer.direct_revision(turns, "", principle, fs),)]
-    elif phase in ("comparison", "cot"):
-        render = renderer.comparison if phase == "comparison" else renderer.cot
-        for principle in ctx.constitution.principles_for("comparison"):
-            sizes += [render(turns, "", "", principle, fs).length for fs in blocks]
-        sizes = [max(sizes) + len(renderer.cot_answer_suffix()) + 8]
-    return -(-(max(sizes) + sum(lengths) + 16) // 64) * 64
+def longest(renderer: Renderer, *lengths: int) -> int:
+    """Token slots for texts of these lengths inside any prompt of `renderer`, in blocks of 64."""
+    return -(-(renderer.overhead + sum(lengths) + 16) // 64) * 64
 
 
 def check(config: Config) -> list[str]:
@@ -407,3 +398,17 @@ def data_file_hash(spec: str) -> str:
     return TOY if spec in ("", TOY) else hash_file(Path(spec))
 
 
+def summary_lines(run: RunDir) -> list[str]:
+    """The final table: every policy's metrics if there is an evaluation, and where the report is."""
+    record = run.record("evaluate")
+    lines = []
+    if record is not None and record["status"] == "finished":
+        for group in ("red_team", "benign"):
+            rows = {policy: groups[group] for policy, groups in record["summary"].items()}
+            names = [name for name in TABLE if name in rows["base"]]
+            lines += ["", f"{group + ' prompts':22}" + "".join(f"{name:>13}" for name in names)]
+            for policy, metrics in rows.items():
+                lines.append(f"  {policy:20}" + "".join(f"{metrics[name]:13.3f}" for name in names))
+    if run.path("report.html").is_file():
+        lines += ["", f"Report: {run.path('report.html')}"]
+    return lines

@@ -33,6 +33,7 @@ def run(ctx: Context) -> None:
     rows = pipeline.journaled(
         ctx, "compare", wanted, cfg.chunk, lambda ids: worker.pairs([(by_id[i.split("/")[0]], i) for i in ids])
     )
+    summary: dict[str, Any] = {}
     if ctx.dist.is_main:
         kept = [row for row in rows.values() if row["reject_reason"] is None]
         write_jsonl(ctx.run.path("comparisons.jsonl"), [Comparison.from_json(row["record"]) for row in kept])
@@ -43,8 +44,7 @@ def run(ctx: Context) -> None:
         if len(rows) != len(kept) + sum(rejected.values()):
             raise RuntimeError(f"compare: counts do not add up: {summary}")
         ctx.log.info(f"compare: {summary}")
-        ctx.run.finish("compare", list(OUTPUTS), summary)
-    ctx.dist.barrier()
+    ctx.run.finish("compare", list(OUTPUTS), summary)
 
 
 class Worker:
@@ -54,9 +54,7 @@ class Worker:
         self.ctx, cfg = ctx, ctx.config.compare
         self.roles = ["sl_cai"] + (["base"] if cfg.base_fraction else [])
         self.renderers = {role: ctx.renderer(role) for role in self.roles}
-        longest = pipeline.longest(
-            ctx, self.renderers["sl_cai"], "response", ctx.config.data.max_prompt_tokens, cfg.max_new_tokens
-        )
+        longest = pipeline.longest(self.renderers["sl_cai"], ctx.config.data.max_prompt_tokens, cfg.max_new_tokens)
         self.engines = {role: ctx.engine(ctx.model(role), self.renderers[role], longest) for role in self.roles}
         self.spec = pipeline.sampling(self.renderers["sl_cai"], "response", cfg.temperature, cfg.max_new_tokens)
 
@@ -87,9 +85,7 @@ class Worker:
             self.ctx, "sl_cai", renderer, self.spec, parents=[prompt.id], roles=list(self.roles_of(item)),
             rng=[self.ctx.config.seed, "compare/response", item],
         )  # fmt: skip
-        record = Comparison(
-            identity, prompt.id, "harmless", "ai", first.text, second.text, prompt.split, source
-        )
+        record = Comparison(identity, prompt.id, "harmless", "ai", first.text, second.text, prompt.split, source)
         return {
             "id": item,
             "record": record.to_json(),

@@ -53,8 +53,7 @@ def run(ctx: Context) -> None:
             for policy, groups in evaluation.answers.items() for answers in groups.values() for a in answers
         ]  # fmt: skip
         records.write_jsonl(ctx.run.path("answers.jsonl"), rows)
-        ctx.run.finish("evaluate", list(OUTPUTS), headline(result))
-    ctx.dist.barrier()
+    ctx.run.finish("evaluate", list(OUTPUTS), headline(result))
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
@@ -92,9 +91,7 @@ class Evaluation:
         self.answers: dict[str, dict[str, list[Answer]]] = {}
         for policy in POLICIES:
             both = measure.answers(ctx, policy, [p for group in self.prompts.values() for p in group])
-            self.answers[policy] = {
-                group: [a for a in both if a.prompt.kind == kind] for group, kind in GROUPS.items()
-            }
+            self.answers[policy] = {group: [a for a in both if a.prompt.kind == kind] for group, kind in GROUPS.items()}
         self.pm_scores = {
             policy: {g: measure.score_answers(ctx, self.pm_eval, self.renderer, rows) for g, rows in groups.items()}
             for policy, groups in self.answers.items()
@@ -149,7 +146,7 @@ class Evaluation:
             return made[0].chains([prompts[i] for i in ids])
 
         chunk = self.ctx.config.revise.chunk
-        rows = pipeline.journaled(self.ctx, "evaluate-revise", list(prompts), chunk, process)
+        rows = pipeline.journaled(self.ctx, "evaluate.revise", list(prompts), chunk, process)
         result = {}
         zero = 0.0
         for k in range(self.ctx.config.revise.rounds + 1):
@@ -203,9 +200,7 @@ class Evaluation:
         labels = {row.comparison_id: row.prob_a for row in records.read_jsonl(ctx.run.path("labels.jsonl"), Label)}
         prompts = {p.id: p for p in pipeline.load_prompts(ctx)}
         comparisons: list[Comparison] = pipeline.load_comparisons(ctx)
-        return [
-            (prompts[c.prompt_id], c.response_a, c.response_b, labels[c.id]) for c in comparisons if c.id in labels
-        ]
+        return [(prompts[c.prompt_id], c.response_a, c.response_b, labels[c.id]) for c in comparisons if c.id in labels]
 
     def _harm_accuracy(self, pairs: Sequence[tuple[Prompt, str, str, float]]) -> dict[str, Any]:
         """How often P(first is better) is on the side of less harm, over pairs whose harm differs; calibration."""
@@ -226,7 +221,7 @@ class Evaluation:
 
     def preference_models(self) -> dict[str, Any]:
         """What stage pm measured on its own held-out comparisons and, in the toy world, accuracy on harm."""
-        result: dict[str, Any] = dict(self.ctx.run.summary("pm"))
+        result: dict[str, Any] = dict((self.ctx.run.record("pm") or {}).get("summary", {}))
         if self.truth is None:
             return result
         for name in ("pm", "pm_eval"):

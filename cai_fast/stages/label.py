@@ -48,14 +48,14 @@ def run(ctx: Context) -> None:
         statistics = label_statistics(list(rows.values()))
     if cfg.permute:
         labels = permuted(ctx, labels)
+    summary = {"requested": len(comparisons), "kept": len(labels)}
     if ctx.dist.is_main:
         write_jsonl(ctx.run.path("labels.jsonl"), labels)
         statistics["entropy"] = fmean(_entropy(label.prob_a) for label in labels)
         ctx.log.metrics("label", len(labels), {f"label/{name}": value for name, value in statistics.items()})
-        summary = {"requested": len(comparisons), "kept": len(labels)} | statistics
+        summary |= statistics
         ctx.log.info(f"label: {summary}")
-        ctx.run.finish("label", list(OUTPUTS), summary)
-    ctx.dist.barrier()
+    ctx.run.finish("label", list(OUTPUTS), summary)
 
 
 def imported_labels(ctx: Context, comparisons: Sequence[Comparison]) -> list[Label]:

@@ -40,14 +40,13 @@ def run(ctx: Context) -> None:
     )
     wanted = [f"{p.id}/{n}" for p in helpful for n in range(cfg.helpful_samples)]
     samples = pipeline.journaled(
-        ctx, "revise-helpful", wanted, cfg.chunk, lambda ids: worker.helpful([(by_id[i.split("/")[0]], i) for i in ids])
+        ctx, "revise.helpful", wanted, cfg.chunk, lambda ids: worker.helpful([(by_id[i.split("/")[0]], i) for i in ids])
     )
-    if ctx.dist.is_main:
-        _write(ctx, list(chains.values()), list(samples.values()))
-    ctx.dist.barrier()
+    summary = _write(ctx, list(chains.values()), list(samples.values())) if ctx.dist.is_main else {}
+    ctx.run.finish("revise", list(OUTPUTS), summary)
 
 
-def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
+def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Journals -> records, with token ids in the side file; counts must add up."""
     write_jsonl(ctx.run.path("revisions.jsonl"), [Revision.from_json(row["record"]) for row in chains])
     kept = [row for row in samples if row["reject_reason"] is None]
@@ -65,7 +64,7 @@ def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, A
     if summary["requested"] != summary["kept"] + sum(summary["rejected"].values()):
         raise RuntimeError(f"revise: counts do not add up: {summary}")
     ctx.log.info(f"revise: {summary}")
-    ctx.run.finish("revise", list(OUTPUTS), summary)
+    return summary
 
 
 def _warn_refusals(ctx: Context, worker: Reviser, prompts: Sequence[Prompt]) -> None:
