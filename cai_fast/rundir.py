@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from cai_fast import config
 from cai_fast.distributed import Distributed
 from cai_fast.errors import InputError
 from cai_fast.files import fsync_dir, hash_file, write_atomic
+from cai_fast.records import Journal
 from cai_fast.runlog import truncate_metrics
 
 OWN_FILES = {".lock", "config.toml", "environment.json", "manifest.json", "metrics.jsonl", "journal"}
@@ -141,13 +143,13 @@ class RunDir:
             )
         self._take_lock()
         self._check_settings(restart_from)  # before anything is deleted
+        write_atomic(self.path("manifest.json"), json.dumps(self._manifest(), indent=1))
+        self.path("journal").mkdir(exist_ok=True)
         if restart_from:
             self.clear_from(restart_from)
-        write_atomic(self.path("manifest.json"), json.dumps(self._manifest(), indent=1))
         write_atomic(self.path("config.toml"), self.cfg.to_toml())
-        for part in ("journal", "checkpoints"):
-            self.path(part).mkdir(exist_ok=True)
         self._record_environment()
+        self.path("checkpoints").mkdir(exist_ok=True)
 
     def _take_lock(self) -> None:
         self.lock = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -213,17 +215,17 @@ class RunDir:
     def path(self, *parts: str) -> Path:
         return self.root.joinpath(*parts)
 
-    def journal(self, stage: str, rank: int) -> Path:
-        """Where this rank journals the finished rows of a stage in progress."""
-        return self.path("journal", f"{stage}.{rank}.jsonl")
+    def journal(self, name: str, rank: int) -> Journal:
+        """Opens this rank's journal of finished rows. `name`: the stage, or stage-part ("revise-helpful")."""
+        return Journal(self.path("journal", f"{name}.{rank}.jsonl"))
 
-    def journals(self, stage: str) -> list[Path]:
-        """All existing journals of a stage, also those of an earlier start with more ranks."""
-        return sorted(self.path("journal").glob(f"{stage}.*.jsonl"))
+    def state_dir(self, name: str) -> Path:
+        """Where a stage in progress (or a part of it, "pm_eval") keeps its TrainStates."""
+        return self.path("journal", f"{name}.state")
 
-    def state_dir(self, stage: str) -> Path:
-        """Where a stage in progress keeps its TrainStates."""
-        return self.path("journal", f"{stage}.state")
+    def progress(self, stage: str) -> list[Path]:
+        """The journals and state folders of a stage and its parts."""
+        return sorted(p for p in self.path("journal").iterdir() if re.split("[-_.]", p.name)[0] == stage)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """The manifest's entry of a stage, or None if it has not begun."""
@@ -308,9 +310,11 @@ class RunDir:
         self._remove_progress(stage)
 
     def _remove_progress(self, stage: str) -> None:
-        for path in self.journals(stage):
-            path.unlink()
-        shutil.rmtree(self.state_dir(stage), ignore_errors=True)
+        for path in self.progress(stage):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def clear_from(self, stage: str) -> None:
         """Forget `stage` and all later stages and delete what they wrote. Rank 0 only."""

@@ -92,7 +92,6 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
         run.begin(name, inputs)
         stage.run(ctx)
         ran.append(name)
-    log.close()
     _say("\n".join(pipeline.summary_lines(run)))
     unread = config.unread(cfg, ran)
     if unread:

@@ -150,16 +150,19 @@ def test_seed_belongs_to_every_stage(run):
 def test_restart_forgets_progress_and_metrics(run):
     finish(run, "revise", "revisions.jsonl")
     run.begin("sft", INPUTS)
-    run.journal("sft", 1).write_text("{}\n")
-    run.state_dir("sft").mkdir()
+    for name in ("sft", "sft-part"):
+        with run.journal(name, 1) as journal:
+            journal.append({"id": name})
+    for name in ("sft", "sft_eval"):
+        run.state_dir(name).mkdir()
     log = RunLog(run.path("metrics.jsonl"))
     for stage in ("revise", "sft"):
         log.metrics(stage, 1, {})
-    assert run.journals("sft") == [run.journal("sft", 1)]
     run.begin("sft", INPUTS)  # resuming keeps them
-    assert run.journals("sft") and run.state_dir("sft").exists()
+    names = ["sft-part.1.jsonl", "sft.1.jsonl", "sft.state", "sft_eval.state"]
+    assert [p.name for p in run.progress("sft")] == names
     again = reopen(run, restart_from="sft")
-    assert again.journals("sft") == [] and not again.state_dir("sft").exists()
+    assert again.progress("sft") == []
     assert [json.loads(x)["stage"] for x in log.path.read_text().splitlines()] == ["revise"]
     with pytest.raises(InputError, match="--restart-from nonsense: expected one of base, revise"):
         reopen(again, restart_from="nonsense")
@@ -167,16 +170,17 @@ def test_restart_forgets_progress_and_metrics(run):
 
 def test_first_start_removes_left_overs(run):
     """A kill between forgetting a stage and deleting its journal must not feed old rows to the new stage."""
-    run.journal("revise", 0).write_text("{}\n")
+    run.journal("revise", 0).close()
     run.begin("revise", INPUTS)
-    assert run.journals("revise") == []
+    assert run.progress("revise") == []
 
 
 def test_finish_drops_progress(run):
     run.begin("revise", INPUTS)
-    run.journal("revise", 0).write_text("{}\n")
+    run.journal("revise", 0).close()
+    assert len(run.progress("revise")) == 1
     finish(run, "revise", "revisions.jsonl")
-    assert run.journals("revise") == []
+    assert run.progress("revise") == []
 
 
 HOLDER = """
