@@ -1,0 +1,128 @@
+"""The supervised training loop: SFT and preference models.
+
+Which items a step trains on is a function of (seed, step) alone, so that a resumed run needs no iterator state.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cai_fast import checkpoint, rng
+from cai_fast.batching import bins, split_even
+from cai_fast.checkpoint import TrainState
+from cai_fast.distributed import Distributed, Stopped
+from cai_fast.losses import Stats
+from cai_fast.model import Model
+from cai_fast.optim import Optimizer, clip_grad_norm, schedule
+from cai_fast.runlog import Mean, RunLog
+
+Loss = Callable[[list[int], float], tuple[Tensor, Stats]]
+"""(items of a micro-batch, scale) -> (loss to differentiate, statistics)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to fit: items 0 .. len(lengths)-1, of `lengths` tokens and a normaliser of `weights` each."""
+
+    name: str  # prefix of metrics and progress
+    lengths: Sequence[int]
+    weights: Sequence[float]
+    loss: Loss
+    sizes: Sequence[float]  # what `FitSettings.batch_size` counts: tokens, or 1 for each item
+    stats: tuple[str, ...] = ("loss",)  # names of the statistics that `loss` returns
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Hyper-parameters of one fit; `batch_size` counts the task's `sizes` per optimizer step."""
+
+    seed: int
+    epochs: int
+    batch_size: float
+    micro_tokens: int
+    lr: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    save_every: int
+
+
+def batches(task: Task, settings: FitSettings) -> list[tuple[int, list[int]]]:
+    """(epoch, items) of every optimizer step: each epoch visits every item once, in its own order."""
+    plan = []
+    for epoch in range(settings.epochs):
+        order = rng.permutation(rng.key(settings.seed, f"{task.name}/order", "", epoch), len(task.lengths))
+        plan += [(epoch, batch) for batch in split_even(order, task.sizes, settings.batch_size)]
+    return plan
+
+
+def fit(
+    model: Model, task: Task, settings: FitSettings, *, stage: str, state_dir: Path, log: RunLog, dist: Distributed,
+    first_step: int = 0,
+) -> int:  # fmt: skip
+    """Train `model` in place, resuming from `state_dir` if it holds a state; returns the number of steps.
+
+    Collective. Metric lines carry `stage` and step `first_step` + s. SIGTERM saves the state and raises Stopped.
+    """
+    plan = batches(task, settings)
+    optimizer = Optimizer.adamw(model.named_parameters(), settings.lr, weight_decay=settings.weight_decay)
+    start = _restore(model, optimizer, state_dir)
+    log.truncate(stage, first_step + start)
+    means = Mean()
+    with log.progress(len(plan), task.name, "step", initial=start) as bar:
+        for step in range(start, len(plan)):
+            epoch, batch = plan[step]
+            began = time.monotonic()
+            norm = accumulate(task, batch, settings, optimizer, means, dist)
+            values = {f"{task.name}/{name}": value for name, value in means.reduce(dist).items()}
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"{task.name}: the gradient is {norm} at step {step}; lower {stage}.lr")
+            factor = schedule(settings.schedule, step, len(plan), settings.warmup_steps)
+            optimizer.step(factor)
+            values |= {f"{task.name}/grad_norm": norm, f"{task.name}/lr": settings.lr * factor}
+            tokens = sum(task.lengths[i] for i in batch)
+            values["perf/tokens_per_s"] = tokens / (time.monotonic() - began)
+            log.metrics(stage, first_step + step, values)
+            bar.update(1, loss=values[f"{task.name}/loss"])
+            done, stop = step + 1, dist.stop_agreed()
+            if stop or done == len(plan) or (settings.save_every and done % settings.save_every == 0):
+                _save(model, optimizer, TrainState(step=done, epoch=epoch), state_dir, dist)
+            if stop:
+                raise Stopped()
+    return len(plan)
+
+
+def accumulate(
+    task: Task, batch: Sequence[int], settings: FitSettings, optimizer: Optimizer, means: Mean, dist: Distributed
+) -> float:
+    """Gradient of one step, over all micro-batches and ranks, clipped; returns its norm before clipping. Collective."""
+    scale = 1.0 / sum(task.weights[i] for i in batch)
+    groups = bins([task.lengths[i] for i in batch], settings.micro_tokens)
+    for name in task.stats:  # also on a rank that has no micro-batch of this step
+        means.add(name, 0.0, 0.0)
+    for group in groups[dist.rank :: dist.world]:
+        loss, stats = task.loss([batch[i] for i in group], scale)
+        loss.backward()
+        for name, (total, count) in stats.items():
+            means.add(name, total, count)
+    dist.all_reduce_grads(optimizer.params)
+    return float(clip_grad_norm(optimizer.params, settings.max_grad_norm))
+
+
+def _restore(model: Model, optimizer: Optimizer, state_dir: Path) -> int:
+    state = checkpoint.latest(state_dir)
+    if state is None:
+        return 0
+    model.load_state_dict(state.model, strict=True)
+    optimizer.load_state_dict(state.optimizer)
+    return state.step
+
+
+def _save(model: Model, optimizer: Optimizer, state: TrainState, state_dir: Path, dist: Distributed) -> None:
+    state.model, state.optimizer = model.state_dict(), optimizer.state_dict()
+    dist.on_main(lambda: checkpoint.save(state_dir, state) and None)

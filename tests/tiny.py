@@ -1,0 +1,33 @@
+"""The smallest model that has every part: two layers, two key-value heads for four queries, 32 hidden, 64 tokens."""
+
+import torch
+from torch import Tensor
+
+from cai_fast.distributed import Distributed
+from cai_fast.model import Model, ModelConfig, init_random
+
+CONFIG = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    max_position_embeddings=256, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def tiny_model(seed: int = 0, head: str = "lm", std: float = 0.2) -> Model:
+    """Random weights; `std` is large enough that logits are not uniform."""
+    return init_random(CONFIG, seed, head=head, std=std)
+
+
+def alone() -> Distributed:
+    """A world of one."""
+    return Distributed(0, 1, torch.device("cpu"))
+
+
+def gradients(model: Model) -> dict[str, Tensor]:
+    """Copies of all gradients."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest ||a - b|| / ||b|| over the tensors."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm().clamp_min(1e-12)) for name in a)
