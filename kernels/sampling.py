@@ -45,7 +45,6 @@ def _truncate(logp: Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Tenso
     mass = ranked.exp()
     before = mass.cumsum(-1, dtype=torch.float64) - mass
     drop = before >= torch.as_tensor(top_p, dtype=torch.float64, device=logp.device).reshape(-1, 1)
-    drop[:, 0] = False
     return torch.empty_like(logp).scatter_(1, order, ranked.masked_fill(drop, -torch.inf)).log_softmax(-1)
 
 
@@ -98,9 +97,8 @@ def sample_tokens(
     if logits.device.type == "cpu" and not torch.isfinite(total).all():
         raise ValueError("sample_tokens: logits hold NaN or infinity")
     uniform = philox_uniform(keys, positions) if uniform is None else uniform
-    # Strictly below the total, so that rounding cannot select a token of probability zero at the end.
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cdf, point[:, None], right=True)
+    # uniform <= 1 - 2^-53, so the product rounds to less than the total and the index stays below V.
+    token = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)
     logprob = logp.gather(1, token).squeeze(1)
     token = token.squeeze(1)
     if isinstance(greedy, Tensor):
