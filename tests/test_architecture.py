@@ -24,7 +24,7 @@ GROUPS = [
     {"engine"},
     {"batching", "losses", "optim", "fit"},
     {"toy", "report"},
-    {"pipeline", "plan", "chains", "judging", "measure", "hhh"},
+    {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo"},
     {"stages"},
     {"train"},
 ]
