@@ -22,9 +22,10 @@ ONE = Distributed(0, 1, torch.device("cpu"))
 SCRIPT = """
 import json, os, signal, sys
 import torch
-from cai_fast import distributed
+from cai_fast import config, distributed
 from cai_fast.distributed import global_moments
 from cai_fast.errors import InputError
+from cai_fast.rundir import RunDir
 from cai_fast.runlog import Mean
 
 distributed.install_signal_handlers()
@@ -58,6 +59,22 @@ try:
 except InputError as error:
     out["error"] = str(error)
 out["main"] = d.on_main(lambda: d.rank)
+run = RunDir.open(sys.argv[1] + "/run", config.load([]), dist=d)
+done = [run.is_done("revise", {"n": 1})]
+run.begin("revise", {"n": 1})
+with run.journal("revise", d.rank) as journal:
+    journal.append({"id": d.rank})
+d.barrier()
+out["journals"] = [p.name for p in run.progress("revise")]
+if d.rank == 0:
+    run.path("revisions.jsonl").write_text("{}")
+run.finish("revise", ["revisions.jsonl"], {})
+out["done"] = [*done, run.is_done("revise", {"n": 1})]
+out["hash"] = run.output_hash("revisions.jsonl")
+try:
+    run.is_done("revise", {"n": 2})
+except InputError as error:
+    out["refused"] = str(error)
 out["stop_before"] = d.stop_agreed()
 d.barrier()
 if d.rank == 1:
@@ -113,6 +130,14 @@ def test_rank_0_speaks_for_all(two_ranks):
         assert out["object"] == {"from": 0, "t": [1, "x"]}
         assert out["error"] == "broken on rank 0"
         assert out["main"] == 0
+
+
+def test_ranks_share_a_run_folder(two_ranks):
+    assert two_ranks[0]["hash"] == two_ranks[1]["hash"]
+    for out in two_ranks:
+        assert out["done"] == [False, True]
+        assert out["journals"] == ["revise.0.jsonl", "revise.1.jsonl"]
+        assert "n: 1 -> 2" in out["refused"]
 
 
 def test_one_ranks_signal_stops_both(two_ranks):

@@ -248,7 +248,7 @@ CRASH = """
 import os, sys
 from cai_fast import config, files
 from cai_fast.rundir import RunDir
-for limit in range(0, 400, 3):
+for limit in range(0, 400, 5):
     pid = os.fork()
     if pid == 0:
         break
