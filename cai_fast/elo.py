@@ -1,7 +1,7 @@
 """Elo ratings by a penalised Bradley-Terry fit, and calibration of probabilities.
 
-P(i beats j) = 1 / (1 + exp(s_j - s_i)); Elo = (400 / ln 10) s, about 173.7 points per nat (arXiv 2204.05862 §2.4). Every
-pair that met gets half a pseudo-win each way, so that a clean sweep has a finite rating.
+P(i beats j) = 1 / (1 + exp(s_j - s_i)); Elo = (400 / ln 10) s, about 173.7 points per nat (arXiv 2204.05862 §2.4).
+Every pair that met gets half a pseudo-win each way, so that a clean sweep has a finite rating.
 """
 
 import math

@@ -22,7 +22,7 @@ GROUPS = [
     {"rng", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "fit"},
+    {"batching", "losses", "optim", "fit", "elo"},
     {"toy", "report"},
     {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo"},
     {"stages"},
