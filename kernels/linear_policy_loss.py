@@ -149,8 +149,9 @@ def linear_policy_loss(
     dtype = accumulate_dtype(hidden.dtype)
     if weights is None:
         weights = torch.ones(targets.shape, dtype=dtype, device=hidden.device)
-    taken = (take(x if x is None else x.detach().to(dtype), index)
-             for x in (old_logprob, advantage, weights, ref_logprob))
+    taken = (
+        take(x if x is None else x.detach().to(dtype), index) for x in (old_logprob, advantage, weights, ref_logprob)
+    )
     settings = _Settings(clip_coef, kl_coef, kl_estimator, temperature, scale)
     result = implementation(take(hidden, index), weight, take(targets, index), _Rows(*taken), settings)
     if index is None:

@@ -22,7 +22,11 @@ def loop(
 def test_by_hand(backend: str) -> None:
     # delta = (0 + 0.5*4 - 2, 1 - 4) = (0, -3) and (5 - 1); A_0 = 0 + 0.5*0.5*-3
     advantages, returns = gae(
-        torch.tensor([0.0, 1.0, 5.0]), torch.tensor([2.0, 4.0, 1.0]), torch.tensor([0, 2, 3]), gamma=0.5, lam=0.5,
+        torch.tensor([0.0, 1.0, 5.0]),
+        torch.tensor([2.0, 4.0, 1.0]),
+        torch.tensor([0, 2, 3]),
+        gamma=0.5,
+        lam=0.5,
         backend=backend,
     )
     torch.testing.assert_close(advantages, torch.tensor([-0.75, -3.0, 4.0]))

@@ -99,9 +99,7 @@ def test_non_contiguous_inputs_and_expanded_upstream(head) -> None:
     assert not strided.is_contiguous() and not transposed.is_contiguous()
     loss = linear_cross_entropy(strided, transposed, targets).expand(4).sum()
     expected = 4 * F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
-    for ours, theirs in zip(
-        grads(loss, strided, transposed), grads(expected, hidden, weight), strict=True
-    ):
+    for ours, theirs in zip(grads(loss, strided, transposed), grads(expected, hidden, weight), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

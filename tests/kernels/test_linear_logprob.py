@@ -44,9 +44,7 @@ def test_gradcheck_of_all_three_results(head, backend: str, temperature: float) 
     hidden, weight, targets = head(34, 3, 5)
     targets = torch.where(torch.arange(34) % 7 == 3, -1, targets)
     assert torch.autograd.gradcheck(
-        lambda h, w: tuple(
-            linear_logprob(h, w, targets, temperature=temperature, entropy=True, backend=backend)
-        ),
+        lambda h, w: tuple(linear_logprob(h, w, targets, temperature=temperature, entropy=True, backend=backend)),
         (hidden, weight),
     )
 

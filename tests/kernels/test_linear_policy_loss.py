@@ -29,8 +29,15 @@ def test_two_tokens_by_hand(backend: str) -> None:
     weight = torch.tensor([[0.0], [math.log(3.0)]])
     old = torch.tensor([math.log(0.25), math.log(0.5)])  # ratios 1 and 1.5
     out = linear_policy_loss(
-        hidden, weight, torch.tensor([0, 1]), old, torch.tensor([2.0, 1.0]),
-        ref_logprob=torch.tensor([math.log(0.5), math.log(0.75)]), kl_coef=0.1, scale=0.5, backend=backend,
+        hidden,
+        weight,
+        torch.tensor([0, 1]),
+        old,
+        torch.tensor([2.0, 1.0]),
+        ref_logprob=torch.tensor([math.log(0.5), math.log(0.75)]),
+        kl_coef=0.1,
+        scale=0.5,
+        backend=backend,
     )
     k2 = math.log(2) ** 2 / 2
     assert out.loss.item() == pytest.approx(0.5 * (-2.0 - 1.2 + 0.1 * k2))
@@ -59,7 +66,12 @@ def test_matches_the_reference_with_ignored_rows(head, estimator: str, temperatu
     results = []
     for backend in BACKENDS:
         out = linear_policy_loss(
-            **inputs, weights=weights, kl_coef=0.3 * ref, kl_estimator=estimator, temperature=temperature, scale=0.1,
+            **inputs,
+            weights=weights,
+            kl_coef=0.3 * ref,
+            kl_estimator=estimator,
+            temperature=temperature,
+            scale=0.1,
             backend=backend,
         )
         gradients = torch.autograd.grad(3 * out.loss, (inputs["hidden"], inputs["weight"]))
@@ -130,7 +142,14 @@ def test_a_huge_log_ratio_stays_finite_and_has_no_gradient(head, backend: str) -
     hidden, weight, targets = head(3, 4, 6)
     old = linear_logprob(hidden, weight, targets).logprob.detach() - torch.tensor([1000.0, 0.0, -1000.0])
     out = linear_policy_loss(
-        hidden, weight, targets, old, -torch.ones(3).double(), ref_logprob=old + 2000, kl_coef=1e-3, kl_estimator="k3",
+        hidden,
+        weight,
+        targets,
+        old,
+        -torch.ones(3).double(),
+        ref_logprob=old + 2000,
+        kl_coef=1e-3,
+        kl_estimator="k3",
         backend=backend,
     )
     assert out.stats["ratio"].item() == pytest.approx(math.exp(20) + 1)

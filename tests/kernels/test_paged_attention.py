@@ -30,9 +30,7 @@ def cache(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, T
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_matches_dense_attention_over_poisoned_pages(backend: str, scale: float | None) -> None:
     query, k_pages, v_pages, table, lengths = cache()
-    out, lse = paged_attention(
-        query, k_pages, v_pages, table, lengths, scale=scale, return_lse=True, backend=backend
-    )
+    out, lse = paged_attention(query, k_pages, v_pages, table, lengths, scale=scale, return_lse=True, backend=backend)
     for row, length in enumerate(LENGTHS[:-1]):
         pages = table[row, : -(-length // 4)]
         k, v = (p[pages].transpose(0, 1).flatten(1, 2)[:, :length] for p in (k_pages, v_pages))

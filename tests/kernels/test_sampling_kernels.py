@@ -107,8 +107,12 @@ def test_settings_may_differ_by_row() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(4000, 4)
     row = torch.arange(4000) % 4
     token, logprob = sample_tokens(
-        logits, KEYS[:4000], row, temperature=torch.tensor([0.0, 1.0, 1.0, 1.0])[row],
-        top_k=torch.tensor([0, 2, 0, 0])[row], top_p=torch.tensor([1.0, 1.0, 0.8, 1.0])[row],
+        logits,
+        KEYS[:4000],
+        row,
+        temperature=torch.tensor([0.0, 1.0, 1.0, 1.0])[row],
+        top_k=torch.tensor([0, 2, 0, 0])[row],
+        top_p=torch.tensor([1.0, 1.0, 0.8, 1.0])[row],
     )
     kept = [set(token[row == i].tolist()) for i in range(4)]
     assert kept == [{1}, {1, 3}, {1, 2, 3}, {0, 1, 2, 3}]
