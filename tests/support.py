@@ -1,6 +1,8 @@
-"""Small tokenizers made on the spot, for tests that need a checkpoint's tokenizer files."""
+"""Small inputs made on the spot: tokenizers, constitutions, files of the published schema."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -40,3 +42,67 @@ def byte_tokenizer(folder: str | Path, *, chat_template: str | None = None, eoc:
     wrapped.chat_template = chat_template
     wrapped.save_pretrained(folder)
     return Path(folder)
+
+
+MINIMAL = """
+[constitution]
+name = "n"
+version = "1"
+[[principle]]
+id = "p"
+critique_request = "C?"
+revision_request = "R!"
+[[principle]]
+id = "q"
+comparison = "Which?"
+weight = 3
+"""
+CUSTOM = """
+[format]
+kind = "custom"
+human = "H {text} "
+assistant = "A {text} {eos} "
+reply = "A"
+critique = "{conversation}A {response} {eos} C {critique_request} :"
+revision = "{conversation}A {response} {eos} C {critique_request} : {critique} {eos} R {revision_request} :"
+direct_revision = "{conversation}A {response} {eos} R {revision_request} :"
+comparison = "{conversation}Q {comparison} (A) {response_a} (B) {response_b} :"
+cot = "{conversation}Q {comparison} (A) {response_a} (B) {response_b} think :"
+cot_answer = "answer :"
+end = " {eos} "
+options = ["(A)", "(B)"]
+refusals = ["sorry , i can not"]
+"""
+
+
+def write_constitution(folder: Path, text: str) -> Path:
+    """A constitution file in `folder`."""
+    (folder / "c.toml").write_text(text)
+    return folder / "c.toml"
+
+
+def paper_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Files of the published schema, in our own words, with the published quirks."""
+    steps = "\n\nCritiqueRequest: Any harm?\n\nCritique: None.\n\nRevisionRequest: Mend it.\n\nRevision: Fine."
+    talk = "\n\nHuman: May I park here?\n\nAssistant: Fine."
+    question = (
+        "Human: Consider the following conversation between a human (H) and an assistant (A):"
+        "\n\nH: Tea?\n\nA:  Yes\n\nH: Milk?\n\n{}\n (A) [[[Some {x}.\n\nMore.]]]\n (B) [[[None.]]]"
+        "\n\nAssistant: Let's think step by step: A is.\n\nHuman:\nSo the answer is: (A)"
+    )
+    files = {
+        "CritiqueRevisionInstructions": {
+            "harm0": {"prompt": ["\n\nCritiqueRequest: Any harm?\n\nCritique:"],
+                      "edit_request": "\n\nRevisionRequest: Mend it all.\n\nRevision:"},
+            "harm1": {"prompt": ["\n\nCritiqueRequest: Any bias?\n\nCritique:"],
+                      "edit_request": "\n\nRevisionRequest: Mend the bias.\n\nRevision:"}},
+        "CritiqueRevisionFewShotPrompts": [talk + steps + "\n\nHuman:", talk + steps],
+        "RLMadisonInstructions": ["\nWhich is kinder? Options:", "\nWhich is safer? Options:"],
+        "RLMadisonFewShotPrompts": [{"prompt": "\n\nHuman: Hello?\n\nAssistant:", "corrects": ["Hi."],
+                                     "incorrects": ["No."]}],
+        "RLMadisonPrecogFewShotPrompts": [
+            {"prompt": lead + question} for lead in ("\n\n", "\n", "")],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder, files
