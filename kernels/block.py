@@ -110,28 +110,19 @@ def _swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SwiGlu(torch.autograd.Function):
     """CPU only. torch's own silu rounds differently in the tail of a thread's share, so that a row would depend on the
-    rows around it; torch.exp does not. The sigmoid is recomputed in the backward."""
-
-    @staticmethod
-    def _sigmoid(x: Tensor) -> Tensor:
-        return x.neg().exp_().add_(1).reciprocal_()
+    rows around it; torch.exp does not. Gradients mix all rows anyway and take torch's."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         wide = gate.to(accumulate_dtype(gate.dtype))
-        return _SwiGlu._sigmoid(wide).mul_(wide).mul_(up).to(gate.dtype)
+        return wide.neg().exp_().add_(1).reciprocal_().mul_(wide).mul_(up).to(gate.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        wide, upstream = (x.to(accumulate_dtype(x.dtype)) for x in (gate, upstream))
-        sigmoid = _SwiGlu._sigmoid(wide)
-        silu = sigmoid * wide
-        # silu' = sigmoid + silu (1 - sigmoid)
-        slope = sigmoid.addcmul_(silu, sigmoid, value=-1).add_(silu)
-        return slope.mul_(up).mul_(upstream).to(gate.dtype), silu.mul_(upstream).to(up.dtype)
+        return torch.ops.aten.silu_backward(upstream * up, gate), F.silu(gate).mul_(upstream)
 
 
 def _swiglu_chunked(gate: Tensor, up: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cai_fast.kernels import rms_norm, rope, swiglu
@@ -44,6 +46,18 @@ class RmsNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """x [T, in] -> [T, out]. On the CPU long rows are multiplied in pieces of at most 512 columns: beyond that the
+    matrix kernel splits the sum between threads depending on T, and a row's bits would depend on its neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.in_features <= 512:
+            return F.linear(x, self.weight, self.bias)
+        pieces = zip(x.split(512, -1), self.weight.split(512, -1), strict=True)
+        out = reduce(torch.add, (F.linear(a, b) for a, b in pieces))
+        return out if self.bias is None else out + self.bias
+
+
 class Attention(nn.Module):
     """Projections, optional query/key norms and RoPE around the caller's `attend`."""
 
@@ -52,10 +66,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         hidden, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, hidden, bias=config.o_bias)
+        self.q_proj = Linear(hidden, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, hidden, bias=config.o_bias)
         self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -70,9 +84,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
