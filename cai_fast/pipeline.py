@@ -236,7 +236,7 @@ def journaled(
     ctx.dist.barrier()  # nobody appends before everybody has read
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
-    with Journal(ctx.run.journal(stage, ctx.dist.rank)) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
+    with ctx.run.journal(stage, ctx.dist.rank) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
         while (number := ctx.dist.next_item(stage)) < len(chunks):
             expected = set(chunks[number])
             for row in process(chunks[number]):
@@ -374,13 +374,13 @@ def check_models(config: Config) -> list[str]:
         )
         if role == "judge" or config.role("judge") == name:
             renderer.options("cot" if config.label.cot else "comparison")
-        if renderer.tokenizer.vocab_size > model.vocab_size:
+        if renderer.tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"{name}: the tokenizer has {renderer.tokenizer.vocab_size} tokens, "
-                f"the model's vocabulary {model.vocab_size}."
+                f"the model's vocabulary {model.config.vocab_size}."
             )
         disk = max(disk, model.num_parameters * 4)
-        lines.append(f"{role:13} {name}: {model.model_type}, {model.num_parameters:,} parameters")
+        lines.append(f"{role:13} {name}: {model.config.model_type}, {model.num_parameters:,} parameters")
     # Four exported models and, while training, weights plus two optimizer moments, twice (the old and the new state).
     require_free(config.run_dir, disk * 10)
     return lines

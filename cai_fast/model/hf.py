@@ -39,16 +39,17 @@ def load(
     folder = Path(path)
     raw = read_config(folder)
     config = ModelConfig.from_hf(raw)
-    head = head or _declared_head(raw, folder)
+    head = head or declared_head(raw, folder)
     with torch.device("meta"):
         model = Model(config, head)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found: dict[str, Tensor] = {}
     unexpected: list[str] = []
     tied = None
-    for file, name, tensor in _tensors(folder):
+    for file, name, piece in pieces(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a derived buffer that old checkpoints carry
             continue
+        tensor = piece[:]
         if name == "lm_head.weight" and head == "lm" and config.tie_word_embeddings:
             tied = tensor
         elif name not in wanted:
@@ -61,7 +62,7 @@ def load(
             )
         else:
             found[name] = tensor.to(device, dtype, copy=True)  # a copy of its own, not a view into the mapped file
-    _check_names(folder, head, sorted(set(wanted) - set(found)), sorted(unexpected))
+    check_names(folder, head, sorted(set(wanted) - set(found)), sorted(unexpected))
     if tied is not None and not torch.equal(tied.to(device, dtype), found["model.embed_tokens.weight"]):
         raise InputError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
     model.load_state_dict(found, strict=True, assign=True)
@@ -139,7 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _declared_head(raw: dict[str, Any], folder: Path) -> str:
+def declared_head(raw: dict[str, Any], folder: Path) -> str:
     names = raw.get("architectures") or []
     prefix = FAMILIES[raw["model_type"]][0]
     if names == [prefix + "ForCausalLM"]:
@@ -153,8 +154,8 @@ def _declared_head(raw: dict[str, Any], folder: Path) -> str:
     return "score"
 
 
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) of every tensor of a folder, one at a time."""
+def pieces(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+    """(file, name, slice) of every tensor of a folder, one at a time; `slice[:]` reads it."""
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX)
         table = index.get("weight_map") if isinstance(index, dict) else None
@@ -170,14 +171,14 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
             with safe_open(str(file), framework="pt") as handle:
                 for name in handle.keys():
                     if table is None or table.get(name) == file.name:
-                        yield file, name, handle.get_tensor(name)
+                        yield file, name, handle.get_slice(name)
                     else:
                         raise InputError(f"{file}: tensor {name} is not listed for this file in {INDEX}")
         except SafetensorError as error:
             raise InputError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from error
 
 
-def _check_names(folder: Path, head: str, missing: list[str], unexpected: list[str]) -> None:
+def check_names(folder: Path, head: str, missing: list[str], unexpected: list[str]) -> None:
     if not missing and not unexpected:
         return
 
