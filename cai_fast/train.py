@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a file: Python put cai_fast/ itself on t
 
     del sys.path[0]
 
+import contextlib
 import errno
 import importlib
 import os
@@ -26,6 +27,7 @@ from cai_fast.errors import InputError
 
 if TYPE_CHECKING:
     from cai_fast.distributed import Distributed
+    from cai_fast.pipeline import Context
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -80,22 +82,26 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
 
     run = RunDir.open(cfg.run_dir, cfg, restart_from=cfg.restart_from or None, dist=dist)
     log = RunLog(run.path("metrics.jsonl"), dist.is_main)
-    ctx = pipeline.open_context(cfg, run, log, dist)
-    ran = []
-    for name in cfg.stages:
-        stage = importlib.import_module(f"cai_fast.stages.{name}")
-        inputs = stage.inputs(ctx)
-        if run.is_done(name, inputs):
-            log.info(f"{name}: done before")
-            continue
-        log.info(f"{name}: starting")
-        run.begin(name, inputs)
-        stage.run(ctx)
-        ran.append(name)
-    _say("\n".join(pipeline.summary_lines(run)))
+    with contextlib.closing(run):
+        ctx = pipeline.open_context(cfg, run, log, dist)
+        ran = [name for name in cfg.stages if _stage(ctx, name)]
+        _say("\n".join(pipeline.summary_lines(run)))
     unread = config.unread(cfg, ran)
     if unread:
         raise InputError(f"These settings had no effect: {', '.join(unread)}. All stages are done; leave them out.")
+
+
+def _stage(ctx: "Context", name: str) -> bool:
+    """Run one stage, or skip it if it is done; True if it ran."""
+    stage = importlib.import_module(f"cai_fast.stages.{name}")
+    inputs = stage.inputs(ctx)
+    if ctx.run.is_done(name, inputs):
+        ctx.log.info(f"{name}: done before")
+        return False
+    ctx.log.info(f"{name}: starting")
+    ctx.run.begin(name, inputs)
+    stage.run(ctx)
+    return True
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:
