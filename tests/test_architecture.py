@@ -22,9 +22,9 @@ GROUPS = [
     {"rng", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "fit", "elo"},
+    {"batching", "losses", "optim", "fit", "ppo", "elo"},
     {"toy", "report"},
-    {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo"},
+    {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo", "ppo"},
     {"stages"},
     {"train"},
 ]
