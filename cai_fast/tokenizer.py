@@ -7,7 +7,6 @@ formats break such strings up before the model's template sees them. Everything 
 import json
 import re
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +21,14 @@ from cai_fast.prompts import Mark, Prompts, Segment
 from cai_fast.records import Turn, content_id
 
 Kind = Literal["response", "critique", "revision", "cot"]
-_DATE = datetime(2024, 7, 26)  # the date Llama 3.x's own template falls back to
+_DATE = "26 Jul 2024"  # the date Llama 3.x's own template falls back to
+# Templates may ask for today's date; this answers with a fixed one. A macro, because the library passes no functions.
+_PINNED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f" | replace('%{code}', '{text}')" for code, text in {
+        "-d": "26", "d": "26", "e": "26", "-m": "7", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24",
+        "a": "Fri", "A": "Friday", "j": "208", "F": "2024-07-26", "H": "00", "I": "12", "M": "00", "S": "00",
+        "p": "AM", "Z": "", "z": "",
+    }.items()) + " }}{% endmacro %}{{ '' }}"  # fmt: skip
 _CUT = "@@cut-here@@"
 _CONTEXT_END = re.compile(r"<\|?(eoc|end_of_context)\|?>")
 
@@ -173,7 +179,7 @@ class Tokenizer:
         try:
             return self._wrapped.apply_chat_template(
                 safe, tokenize=False, add_generation_prompt=reply, enable_thinking=False, thinking=False,
-                date_string=_DATE.strftime("%d %b %Y"), strftime_now=_DATE.strftime,
+                date_string=_DATE, chat_template=_PINNED_DATE + self._wrapped.get_chat_template(),
             )  # fmt: skip
         except TemplateError as error:
             raise InputError(f"{self.source_path}: the chat template refuses our messages: {error}") from error
