@@ -39,8 +39,8 @@ class Engine:
 
     deterministic: every GEMM has a multiple of 32 rows and attention runs on aligned blocks, so that on one machine
     a request's tokens and log-probs are bitwise the same alone, in any batch or order, and with any `max_batch`.
-    (MKL with several threads keeps this up to layer widths of 512.) `prefill_tokens` bounds one prefill or scoring
-    pass, `tokenizer` is needed for stop strings only, `counters` adds up work since the engine was made.
+    `prefill_tokens` bounds one prefill or scoring pass, `tokenizer` is needed for stop strings only, `counters` adds
+    up work since the engine was made.
     """
 
     def __init__(self, model: Model, *, max_len: int, max_batch: int = 64, deterministic: bool = True,

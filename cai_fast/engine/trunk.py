@@ -12,6 +12,8 @@ from cai_fast.engine.prefix import Prefix
 from cai_fast.model import Model
 from cai_fast.model.attention import packed_causal
 
+# As in model.decoder.Linear: MKL splits longer sums between threads, in a way that depends on the number of rows.
+WIDE = 512
 COUNTERS = ("trunk_tokens", "padding_tokens", "prefill_tokens", "generated_tokens", "head_rows")
 
 
@@ -70,7 +72,7 @@ class Trunk:
         self.counters["trunk_tokens"] += count
         self.counters["padding_tokens"] += rows - count
         self.counters["head_rows"] += count
-        return F.linear(hidden, self.model.lm_head_weight)[:count]
+        return self._head(hidden)[:count]
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Rows for the head, filled up with zeros."""
@@ -79,7 +81,13 @@ class Trunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""
-        return F.linear(self.padded(hidden), self.model.lm_head_weight)[: hidden.shape[0]]
+        return self._head(self.padded(hidden))[: hidden.shape[0]]
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        weight = self.model.lm_head_weight
+        if self.device.type != "cpu" or hidden.shape[1] <= WIDE:
+            return F.linear(hidden, weight)
+        return sum(F.linear(h, w) for h, w in zip(hidden.split(WIDE, 1), weight.split(WIDE, 1), strict=True))
 
     def last(self, hidden: Tensor, lens: Sequence[int], prefixes: Sequence[Prefix | None]) -> Tensor:
         """Hidden state [S, H] that predicts the token after each packed sequence; an empty one ends with its prefix."""
