@@ -1,0 +1,78 @@
+"""Timing that is fair to every contestant: interleaved rounds, rotated order, medians (kernels.md: random data)."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+GIGA = 1e9
+
+
+class Times(NamedTuple):
+    """Milliseconds."""
+
+    median: float
+    p10: float
+    p90: float
+    first: float
+    """The very first call, compilation included."""
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _once(work: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def interleaved(
+    works: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 20, seconds: float = 4.0
+) -> dict[str, Times]:
+    """Time the works in turn, in rotated order, for `rounds` rounds or until `seconds` are over (at least 3 rounds)."""
+    firsts, samples = {}, {name: [] for name in works}
+    for name, work in works.items():
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        firsts[name] = (time.perf_counter() - start) * 1e3
+    names, deadline = list(works), time.perf_counter() + seconds
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(_once(works[name], device))
+        if number >= 2 and time.perf_counter() > deadline:
+            break
+    result = {}
+    for name, values in samples.items():
+        low, middle, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        result[name] = Times(middle, low, high, firsts[name])
+    return result
+
+
+def extra_memory(work: Callable[[], object], device: torch.device) -> float | None:
+    """MiB allocated at the peak of `work` beyond what is held before it (None off the GPU)."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def summary(times: dict[str, Times]) -> dict[str, dict[str, float]]:
+    return {name: {k: round(v, 4) for k, v in t._asdict().items()} for name, t in times.items()}
