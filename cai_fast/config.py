@@ -50,7 +50,7 @@ _USES: dict[str, tuple[str, ...]] = {
     "sft": (*_MODEL,),
     "compare": (*_MODEL, *_TEXT, *_PROMPTS),
     "label": (*_MODEL, "model.judge", *_TEXT),
-    "pm": (*_MODEL, "data.preferences", "data.max_bad_fraction", "data.max_prompt_tokens"),
+    "pm": (*_MODEL, "data.preferences", "data.max_bad_fraction", "data.max_prompt_tokens", "data.drop_oldest_turns"),
     "rl": (*_MODEL, *_TEXT, *_PROMPTS),
     "evaluate": (*_MODEL, "model.judge", *_TEXT, *_PROMPTS),
     "report": (),

@@ -24,7 +24,7 @@ GROUPS = [
     {"engine"},
     {"batching", "losses", "optim", "fit", "ppo", "elo"},
     {"toy", "report"},
-    {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo", "ppo"},
+    {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo"},
     {"stages"},
     {"train"},
 ]

@@ -1,0 +1,228 @@
+"""Proximal policy optimisation of responses against a score (Schulman et al. 2017; paper.md §3.3-3.4).
+
+One iteration: sampled responses are packed into minibatches once (`Ppo.measure`), and everything else runs on those
+same bins: old log-probabilities, reference, values, every epoch of the update. So with unchanged weights the ratio is
+exactly 1. Differences from the textbook: no entropy bonus, and the critic never trains the policy's trunk.
+N response tokens of a bin, S responses.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cai_fast import checkpoint, kernels, losses, rng
+from cai_fast.batching import Example, TargetBatch, bins, pack_targets, segment_sum
+from cai_fast.checkpoint import TrainState
+from cai_fast.config import RlConfig
+from cai_fast.distributed import Distributed, global_moments
+from cai_fast.losses import PolicyTerms
+from cai_fast.model import Model, ScalarHead
+from cai_fast.model.heads import scalar_rows
+from cai_fast.optim import Optimizer, clip_grad_norm
+from cai_fast.runlog import Mean
+
+STATS = ("policy_loss", "clipfrac", "entropy", "approx_kl", "ratio_gap", "value_loss")
+KL_GAIN = 0.1  # Ziegler et al. 2019, §2.2
+
+
+@dataclass
+class Bin:
+    """Responses packed together, and what is known of each response token [N]."""
+
+    samples: list[int]  # indices into this rank's examples, in packed order
+    batch: TargetBatch
+    logprob: Tensor  # of the policy that sampled
+    k1: Tensor  # log policy - log reference
+    kl: Tensor  # exact KL(policy || reference) at the token
+    entropy: Tensor
+    values: Tensor
+    terms: PolicyTerms | None = None
+
+
+@dataclass
+class Rollouts:
+    """One iteration's measurements: the bins of each minibatch, and per-response sums [S] in the examples' order."""
+
+    minibatches: list[list[Bin]]
+    tokens: list[int]  # response tokens of each minibatch, over all ranks
+    k1: Tensor
+    kl: Tensor
+    bins: list[Bin] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bins = [b for minibatch in self.minibatches for b in minibatch]
+
+    def flat(self, name: str) -> Tensor:
+        """A per-token field of all bins, end to end."""
+        parts = [getattr(b, name) for b in self.bins]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+
+class Critic:
+    """Values of the states before each response token: (raw - mean) / deviation of a scalar head.
+
+    The head is either on the policy's hidden states, through which no gradient flows, or that of a model of its own.
+    A critic that starts as the preference model takes its reward transform, so that it starts in units of reward.
+    """
+
+    def __init__(self, module: ScalarHead | Model, mean: float = 0.0, deviation: float = 1.0) -> None:
+        self.module, self.mean, self.deviation = module, mean, deviation
+
+    def __call__(self, batch: TargetBatch, hidden: Tensor) -> Tensor:
+        """[N]; hidden [N, H] are the policy's states at the rows of the batch's targets."""
+        if isinstance(self.module, ScalarHead):
+            raw = self.module(hidden.detach())
+        else:
+            raw = self.module(batch.packed, loss=lambda h, w: scalar_rows(h.index_select(0, batch.rows), w))
+        return (raw - self.mean) / self.deviation
+
+
+class Ppo:
+    """Policy, reference and critic with their optimizers; `settings` is the configuration's rl section."""
+
+    def __init__(self, policy: Model, reference: Model, critic: Critic, settings: RlConfig, *, seed: int,
+                 dist: Distributed) -> None:  # fmt: skip
+        self.policy, self.reference, self.critic = policy, reference, critic
+        self.settings, self.seed, self.dist = settings, seed, dist
+        self.kl_coef = settings.kl_coef
+        self.optimizer = Optimizer.adamw(policy.named_parameters(), settings.lr)
+        self.critic_optimizer = Optimizer.adamw(critic.module.named_parameters(), settings.critic_lr)
+
+    def measure(self, examples: Sequence[Example], step: int, offset: int = 0, total: int | None = None) -> Rollouts:
+        """Collective: pack this rank's examples (numbers `offset`... of `total` in all) and measure every token."""
+        total = len(examples) if total is None else total
+        lengths = torch.zeros(total)
+        lengths[offset : offset + len(examples)] = torch.tensor([float(len(e.target_ids)) for e in examples])
+        self.dist.all_reduce(lengths)
+        order = rng.permutation(rng.key(self.seed, "rl/minibatch", "", step), total)
+        count = min(self.settings.minibatches, total)
+        parts = [order[total * m // count : total * (m + 1) // count] for m in range(count)]
+        minibatches = []
+        for part in parts:
+            mine = [i - offset for i in part if offset <= i < offset + len(examples)]
+            groups = bins([examples[i].tokens for i in mine], self.settings.micro_tokens)
+            minibatches.append([self._measure([mine[i] for i in group], examples) for group in groups])
+        rollouts = Rollouts(
+            minibatches, [int(lengths[part].sum()) for part in parts], *(torch.zeros(len(examples)) for _ in range(2))
+        )
+        for b in rollouts.bins:
+            rollouts.k1[b.samples] = segment_sum(b.k1, b.batch.cu_targets).cpu()
+            rollouts.kl[b.samples] = segment_sum(b.kl, b.batch.cu_targets).cpu()
+        return rollouts
+
+    @torch.no_grad()
+    def _measure(self, samples: list[int], examples: Sequence[Example]) -> Bin:
+        batch, temperature = pack_targets([examples[i] for i in samples], self.policy.device), self.settings.temperature
+
+        def policy(hidden: Tensor, weight: Tensor) -> tuple[Tensor, kernels.LinearLogprob, kernels.LinearKL]:
+            rows = hidden.index_select(0, batch.rows)
+            own = kernels.linear_logprob(rows, weight, batch.targets, temperature=temperature, entropy=True)
+            both = self.reference(
+                batch.packed,
+                loss=lambda h, w: kernels.linear_kl(
+                    rows, weight, h.index_select(0, batch.rows), w, batch.targets, temperature=temperature
+                ),
+            )
+            return rows, own, both
+
+        rows, own, both = self.policy(batch.packed, loss=policy)
+        values = self.critic(batch, rows)
+        return Bin(samples, batch, own.logprob, own.logprob - both.ref_logprob, both.kl, own.entropy, values)
+
+    def set_advantages(self, rollouts: Rollouts, scores: Tensor) -> dict[str, float]:
+        """Collective: fill in advantages and returns; scores[S] in the examples' order. Advantages are whitened over
+        the global batch. Returns statistics."""
+        cfg, parts = self.settings, []
+        for b in rollouts.bins:
+            score = scores[b.samples].to(b.k1)
+            rewards = losses.token_rewards(score, b.k1, b.batch.cu_targets, self.kl_coef)
+            parts.append(kernels.gae(rewards, b.values, b.batch.cu_targets, gamma=cfg.gamma, lam=cfg.gae_lambda))
+        empty = [torch.zeros(0)]
+        returns = torch.cat([r for _, r in parts] or empty)
+        white = losses.whiten(torch.cat([a for a, _ in parts] or empty), self.dist)
+        sizes = [b.k1.shape[0] for b in rollouts.bins]
+        for b, advantages, (_, target) in zip(rollouts.bins, white.split(sizes), parts, strict=True):
+            b.terms = PolicyTerms(b.logprob, advantages, target)
+        variance = losses.explained_variance(rollouts.flat("values"), returns, self.dist)
+        return {"explained_variance": variance, "returns": float(global_moments(returns, None, self.dist)[0])}
+
+    def update(self, rollouts: Rollouts, factor: float) -> dict[str, float]:
+        """Collective: all epochs over all minibatches at `factor` times the learning rates; mean statistics.
+
+        Stops at the first gradient that is not finite, before it reaches the weights; "grad_norm" is then not finite.
+        """
+        means, norm, critic_norm, first_gap = Mean(), 0.0, 0.0, math.nan
+        for _ in range(self.settings.epochs):
+            for minibatch, tokens in zip(rollouts.minibatches, rollouts.tokens, strict=True):
+                stats = self._accumulate(minibatch, 1.0 / tokens)
+                first_gap = stats["ratio_gap"] if math.isnan(first_gap) else first_gap
+                norm = float(clip_grad_norm(self.optimizer.params, self.settings.max_grad_norm))
+                critic_norm = float(clip_grad_norm(self.critic_optimizer.params, self.settings.max_grad_norm))
+                if not math.isfinite(norm + critic_norm):
+                    return {"grad_norm": math.nan}
+                self.optimizer.step(factor)
+                self.critic_optimizer.step(factor)
+                for name, value in stats.items():
+                    means.add(name, value)
+        own = Distributed(0, 1, torch.device("cpu"))  # every rank holds the same values already
+        return means.reduce(own) | {"grad_norm": norm, "critic_grad_norm": critic_norm, "first_ratio_gap": first_gap}
+
+    def _accumulate(self, minibatch: list[Bin], scale: float) -> dict[str, float]:
+        """Gradients of one minibatch, summed over bins and ranks; statistics per token."""
+        means = Mean()
+        for name in STATS:
+            means.add(name, 0.0, 0.0)
+        for b in minibatch:
+            loss, stats = self._loss(b, scale)
+            loss.backward()
+            for name, (total, count) in stats.items():
+                means.add(name, total, count)
+        self.dist.all_reduce_grads(self.optimizer.params)
+        self.dist.all_reduce_grads(self.critic_optimizer.params)
+        return means.reduce(self.dist)
+
+    def _loss(self, b: Bin, scale: float) -> tuple[Tensor, losses.Stats]:
+        cfg, terms = self.settings, b.terms
+
+        def policy(hidden: Tensor, weight: Tensor) -> tuple[Tensor, losses.Stats, Tensor]:
+            rows = hidden.index_select(0, b.batch.rows)
+            loss, stats = losses.policy_loss(
+                rows, weight, b.batch, terms, clip_coef=cfg.clip_coef, temperature=cfg.temperature, scale=scale
+            )
+            return loss, stats, rows.detach()
+
+        loss, stats, rows = self.policy(b.batch.packed, loss=policy)
+        values, value_stats = losses.value_loss(self.critic(b.batch, rows), terms.returns, scale * cfg.vf_coef)
+        return loss + values, stats | value_stats
+
+    def adapt_kl(self, kl: float) -> None:
+        """Steer the KL coefficient to `rl.kl_target` (Ziegler et al. 2019, §2.2); nothing if that is 0."""
+        target = self.settings.kl_target
+        if target > 0:
+            self.kl_coef *= 1.0 + KL_GAIN * min(0.2, max(-0.2, kl / target - 1.0))
+
+    def save(self, folder: Path, step: int, extra: dict[str, float]) -> None:
+        """Collective: everything that the rest of the run depends on."""
+        modules = {"policy": self.policy, "critic": self.critic.module}
+        optimizers = {"policy": self.optimizer.state_dict(), "critic": self.critic_optimizer.state_dict()}
+        state = TrainState(
+            step=step,
+            model={f"{part}.{n}": t for part, module in modules.items() for n, t in module.state_dict().items()},
+            optimizer=optimizers,
+            extra={"kl_coef": self.kl_coef} | extra,
+        )
+        self.dist.on_main(lambda: checkpoint.save(folder, state) and None)
+
+    def restore(self, state: TrainState) -> dict[str, float]:
+        """Continue from what `save` wrote; returns its `extra`."""
+        for part, module in (("policy", self.policy), ("critic", self.critic.module)):
+            weights = {n.removeprefix(part + "."): t for n, t in state.model.items() if n.startswith(part + ".")}
+            module.load_state_dict(weights, strict=True)
+        self.optimizer.load_state_dict(state.optimizer["policy"])
+        self.critic_optimizer.load_state_dict(state.optimizer["critic"])
+        self.kl_coef = state.extra["kl_coef"]
+        return {name: value for name, value in state.extra.items() if name != "kl_coef"}
