@@ -111,24 +111,25 @@ WIDE = {"hidden_size": 640, "intermediate_size": 576, "num_layers": 1}  # past M
 def test_bits_do_not_depend_on_batch_order_or_slots(shape: dict) -> None:
     model = make_model(replace(CONFIG, **shape))
     torch.set_num_threads(2 if shape is WIDE else 1)
-    prompts, keys = some_prompts(40), [1000 + 7 * i for i in range(40)]
-    sampling = [Sampling(max_new_tokens=5 + i % 30, stop_token_ids=(3,)) for i in range(40)]
+    count, longest = (12, 8) if shape is WIDE else (40, 30)
+    prompts, keys = some_prompts(count), [1000 + 7 * i for i in range(count)]
+    sampling = [Sampling(max_new_tokens=5 + i % longest, stop_token_ids=(3,)) for i in range(count)]
     whole = engine(model, max_batch=16).generate(prompts, sampling, keys=keys)
-    assert len({tuple(c.token_ids) for c in whole}) > 30
-    assert {c.finish_reason for c in whole} == {"stop", "length"}
+    assert len({tuple(c.token_ids) for c in whole}) > 0.75 * count
+    assert shape is WIDE or {c.finish_reason for c in whole} == {"stop", "length"}
 
     def subset(order: list[int], max_batch: int, prefill_tokens: int = 8192) -> None:
         runner = engine(model, max_batch=max_batch, prefill_tokens=prefill_tokens)
         chosen, laws = [prompts[i] for i in order], [sampling[i] for i in order]
         assert runner.generate(chosen, laws, keys=[keys[i] for i in order]) == [whole[i] for i in order]
 
-    for i in (0, 7, 23):
+    for i in (0, 7, count - 1):
         subset([i], 1)
-    order = list(range(40))
+    order = list(range(count))
     random.Random(1).shuffle(order)
     subset(order, 40)
     subset(order, 3, prefill_tokens=50)
-    subset(order[:17], 33)
+    subset(order[: count // 2], 33)
 
 
 def test_mixed_sampling_equals_alone(model: Model) -> None:
