@@ -24,7 +24,7 @@ GROUPS = [
     {"engine"},
     {"batching", "losses", "optim", "fit", "ppo", "elo"},
     {"toy", "report"},
-    {"pipeline", "plan", "chains", "judging", "measure", "hhh", "elo"},
+    {"pipeline", "plan", "preflight", "chains", "judging", "measure", "hhh", "elo"},
     {"stages"},
     {"train"},
 ]
@@ -191,7 +191,14 @@ def test_nothing_dangerous_is_used(path: Path) -> None:
             raise AssertionError(f"{where}: {ast.unparse(node.func)}")
 
 
-def test_every_package_is_in_the_distribution() -> None:
+def test_every_package_and_data_file_is_in_the_distribution() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {name for name, path in MODULES.items() if path.name == "__init__.py"} | {"cai_fast.constitutions"}
     assert found == set(settings["packages"])
+    packaged = set()
+    for package, patterns in settings["package-data"].items():
+        folder = ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
+        packaged |= {path for pattern in patterns for path in folder.glob(pattern)}
+    data = {path for folder in ("cai_fast", "kernels", "constitutions") for path in (ROOT / folder).rglob("*.*")}
+    missing = {path for path in data if path.suffix not in (".py", ".pyc")} - packaged
+    assert not missing, f"not covered by package-data: {missing}"
