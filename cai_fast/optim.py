@@ -13,6 +13,52 @@ BETAS = (0.9, 0.999)
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, then the nearest orthogonal matrix as the update of each matrix.
+
+    As torch.optim.Muon without weight decay, but in fp32 and with matrices of one shape stacked: on a CPU, where torch
+    multiplies bf16 matrices one by one and slowly, a step of the toy model takes a quarter of the time.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic Newton-Schulz iteration, tuned for a steep start
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, iterations: int = 5) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "iterations": iterations})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update; parameters without a gradient stay."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                for p in params:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                grads = torch.stack([p.grad for p in params])
+                buffers = torch.stack([self.state[p]["momentum_buffer"] for p in params])
+                buffers.lerp_(grads, 1 - group["momentum"])
+                update = self._orthogonal(grads.lerp_(buffers, group["momentum"]), group["iterations"])
+                size = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                for p, buffer, change in zip(params, buffers, update, strict=True):
+                    self.state[p]["momentum_buffer"].copy_(buffer)
+                    p.sub_(change, alpha=size)
+
+    @classmethod
+    def _orthogonal(cls, x: Tensor, iterations: int) -> Tensor:
+        """[N, rows, columns] matrices with their singular values brought near 1."""
+        a, b, c = cls.COEFFICIENTS
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT.contiguous() if tall else x
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+        for _ in range(iterations):
+            gram = x @ x.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+        return x.mT if tall else x
+
+
 class Optimizer:
     """Some torch optimizers over named parameters, stepped together.
 
@@ -49,10 +95,10 @@ class Optimizer:
     @classmethod
     def muon(cls, named: Named, *, matrices: Sequence[str], muon_lr: float, lr: float,
              betas: tuple[float, float] = (0.9, 0.98)) -> "Optimizer":  # fmt: skip
-        """Muon (Jordan et al. 2024) for the named hidden matrices, AdamW for everything else."""
+        """Muon for the named hidden matrices, AdamW for everything else."""
         optimizer = cls(named)
         hidden = [optimizer._masters[name] for name in matrices]
-        optimizer._parts.append((torch.optim.Muon(hidden, lr=muon_lr, momentum=0.95, weight_decay=0.0), muon_lr))
+        optimizer._parts.append((Muon(hidden, lr=muon_lr), muon_lr))
         optimizer._add_adamw([n for n in optimizer._masters if n not in set(matrices)], lr, 0.0, betas)
         return optimizer
 

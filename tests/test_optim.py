@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from cai_fast.optim import Optimizer, clip_grad_norm, schedule
+from cai_fast.optim import Muon, Optimizer, clip_grad_norm, schedule
 
 
 def test_adamw_equals_torch() -> None:
@@ -40,6 +40,22 @@ def test_half_precision_keeps_small_updates() -> None:
         optimizer.step()
     # Each update is below half a bf16 step at 1.0, so bf16 alone would never move.
     torch.testing.assert_close(model.weight, torch.full((1, 4), 0.99, dtype=torch.bfloat16))
+
+
+def test_muon_moves_as_torchs_does() -> None:
+    shapes = [(16, 16), (16, 16), (40, 16), (16, 40)]
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    steps = (Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0))
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in steps:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        moved = (b - 1).norm()
+        assert (a - b).norm() < 0.02 * moved  # theirs iterates in bf16
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "bf16"])

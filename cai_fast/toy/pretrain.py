@@ -1,0 +1,159 @@
+"""Pretraining of the toy base model: an ordinary Llama checkpoint with a word-level tokenizer, from nothing.
+
+Muon moves the block matrices and AdamW the rest: with AdamW alone the model does not learn to copy, hence not to
+criticise, in the same number of steps.
+"""
+
+import hashlib
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+
+from cai_fast import checkpoint, kernels
+from cai_fast.batching import pack
+from cai_fast.checkpoint import TrainState
+from cai_fast.distributed import Stopped, stop_requested
+from cai_fast.model import Model, ModelConfig
+from cai_fast.model.config import Rope
+from cai_fast.optim import Optimizer, clip_grad_norm, schedule
+from cai_fast.records import content_id
+from cai_fast.runlog import RunLog
+from cai_fast.toy import corpus
+from cai_fast.toy.corpus import Sample
+
+VERSION = 1  # of everything below that the corpus does not show; part of the cache key
+POOL = 8  # steps whose samples are sorted by length: batches of equal lengths waste no attention on padding
+SAVE_EVERY = 200
+INPUT_SCALE = 0.5 * math.sqrt(96)  # the embedding is this much larger than suits the output, see `initialise`
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train; everything else is fixed."""
+
+    seed: int
+    steps: int
+    tokens_per_step: int
+    lr: float
+    muon_lr: float
+    warmup_steps: int
+
+    def key(self) -> str:
+        """Identity of the resulting model: recipe, corpus, code version, torch version."""
+        digest = hashlib.blake2b(digest_size=16)
+        for number in (*range(100), *range(corpus.EARLY, corpus.EARLY + 400)):
+            digest.update(repr(corpus.sample(self.seed, number)).encode())
+        words = list(corpus.vocabulary())
+        return content_id(vars(self), digest.hexdigest(), words, VERSION, torch.__version__, vars(model_config()))
+
+
+def model_config() -> ModelConfig:
+    """The toy model: 0.48 M parameters."""
+    table = corpus.vocabulary()
+    kept = tuple((f"{name}_token_id", table[f"<{name}>"]) for name in ("bos", "eos", "pad"))
+    return ModelConfig(
+        vocab_size=len(table), hidden_size=96, intermediate_size=256, num_layers=4, num_heads=4, num_kv_heads=4,
+        head_dim=24, max_position_embeddings=256, rms_norm_eps=1e-5, rope=Rope(theta=1000.0),
+        tie_word_embeddings=True, kept=kept,
+    )  # fmt: skip
+
+
+def initialise(seed: int) -> Model:
+    """A new model.
+
+    Tied embeddings serve two scales: inputs want rows of about 0.1, outputs five times less. The final norm's weight
+    starts at 1 / INPUT_SCALE, which makes up for it within what a Llama can express.
+    """
+    config = model_config()
+    model, generator = Model(config), torch.Generator().manual_seed(seed)
+    size = config.hidden_size
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0 / INPUT_SCALE if name == "model.norm.weight" else 1.0)
+                continue
+            if "embed_tokens" in name:
+                std = INPUT_SCALE * 0.02 * math.sqrt(128 / size)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                std = 0.4 / math.sqrt(config.num_layers * size)
+            else:
+                std = 0.7 / math.sqrt(size)
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def batches(seed: int, tokens_per_step: int) -> Iterator[list[Sample]]:
+    """The samples of each step, for ever."""
+    number, rng = 0, random.Random(f"toy/batches/{seed}")
+    while True:
+        pool: list[Sample] = []
+        while sum(len(s.ids) for s in pool) < POOL * tokens_per_step:
+            pool.append(corpus.sample(seed, number))
+            number += 1
+        pool.sort(key=lambda s: len(s.ids))
+        groups: list[list[Sample]] = [[] for _ in range(POOL)]
+        total, before = sum(len(s.ids) for s in pool), 0
+        for s in pool:
+            groups[before * POOL // total].append(s)
+            before += len(s.ids)
+        rng.shuffle(groups)
+        yield from groups
+
+
+def loss(model: Model, batch: list[Sample]) -> torch.Tensor:
+    """Weighted mean of the next-token losses of the samples."""
+    packed = pack([s.ids[:-1] for s in batch])
+    targets = torch.tensor([t for s in batch for t in s.ids[1:]])
+    weights = torch.tensor([w for s in batch for w in s.weights[1:]])
+    scale = 1.0 / float(weights.sum())
+    return model(packed, loss=lambda hidden, head: kernels.linear_cross_entropy(
+        hidden, head, targets, weights=weights, scale=scale))  # fmt: skip
+
+
+def make_optimizer(model: Model, recipe: Recipe) -> Optimizer:
+    """Muon for the block matrices, AdamW for embedding and norms."""
+    matrices = [name for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    return Optimizer.muon(model.named_parameters(), matrices=matrices, muon_lr=recipe.muon_lr, lr=recipe.lr)
+
+
+def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
+    """Pretrain, resuming from `state_dir`; SIGTERM saves the state and raises Stopped."""
+    model = initialise(recipe.seed)
+    optimizer = make_optimizer(model, recipe)
+    state = checkpoint.latest(state_dir) or TrainState()
+    if state.step:
+        model.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
+    log.truncate("base", state.step)
+    average = state.extra.get("loss", math.nan)
+    stream = islice(batches(recipe.seed, recipe.tokens_per_step), state.step, recipe.steps)
+    with log.progress(recipe.steps, "base", "step", initial=state.step) as bar:
+        for step, batch in enumerate(stream, state.step):
+            value = loss(model, batch)
+            value.backward()
+            clip_grad_norm(optimizer.params, 1.0)
+            optimizer.step(schedule("cosine", step, recipe.steps, recipe.warmup_steps, floor=0.05))
+            now = float(value.detach())
+            if not math.isfinite(now):
+                raise FloatingPointError(f"base: the loss is {now} at step {step}; lower base.lr or base.muon_lr")
+            average = now if math.isnan(average) else 0.98 * average + 0.02 * now
+            bar.update(1, loss=average)
+            if step % 10 == 0:
+                log.metrics("base", step, {"base/loss": now})
+            done, stop = step + 1, stop_requested()
+            if stop or done % SAVE_EVERY == 0 or done == recipe.steps:
+                checkpoint.save(state_dir, TrainState(
+                    step=done, model=model.state_dict(), optimizer=optimizer.state_dict(), extra={"loss": average}))
+            if stop:
+                raise Stopped
+    return model
