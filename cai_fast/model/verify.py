@@ -33,11 +33,12 @@ def check(path: str | Path) -> Summary:
         tied = name == "lm_head.weight" and config.tie_word_embeddings and head == "lm"
         if tied or name.endswith("rotary_emb.inv_freq"):
             continue
-        shape = tuple(piece.get_shape())
+        shape, kind = tuple(piece.get_shape()), piece.get_dtype()
         if name not in wanted:
             unexpected.append(name)
-        elif shape != wanted[name]:
-            raise InputError(f"{file}: tensor {name} is {shape}; expected {wanted[name]} (is config.json of this model?)")
+        elif shape != wanted[name] or kind not in ("F32", "BF16", "F16"):
+            expected = f"float32, bfloat16 or float16 {wanted[name]} (does config.json belong to these weights?)"
+            raise InputError(f"{file}: tensor {name} is {kind} {shape}; expected {expected}")
         found.add(name)
     check_names(folder, head, sorted(set(wanted) - found), sorted(unexpected))
     return Summary(config, sum(p.numel() for p in model.parameters()))
