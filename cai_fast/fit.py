@@ -72,7 +72,8 @@ def fit(
     plan = batches(task, settings)
     optimizer = Optimizer.adamw(model.named_parameters(), settings.lr, weight_decay=settings.weight_decay)
     start = _restore(model, optimizer, state_dir)
-    log.truncate(stage, first_step + start)
+    if start < len(plan):  # else later fits of this stage may have logged already
+        log.truncate(stage, first_step + start)
     means = Mean()
     with log.progress(len(plan), task.name, "step", initial=start) as bar:
         for step in range(start, len(plan)):

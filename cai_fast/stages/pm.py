@@ -74,7 +74,7 @@ def run(ctx: Context) -> None:
         helpful = []
     pairs = harmless_pairs(ctx, renderer) + helpful
     summary: dict[str, Any] = {"pairs": dict(Counter(p.kind for p in pairs)), "rejected": rejected}
-    first_step = 0
+    first_step, held_out = 0, {}
     for name in MODELS:
         mine = [(p, held_out) for p in pairs for side, held_out in [p.side(cfg.eval_fraction)] if side == name]
         training = [p for p, held_out in mine if not held_out and p.weight > 0]
@@ -85,10 +85,12 @@ def run(ctx: Context) -> None:
         results = held_out_results(model, [p for p, held_out in mine if held_out])
         summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps} | results
         shown = {f"{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
-        ctx.log.metrics("pm", first_step + steps, {f"{name}/held_out_{m}": v for m, v in shown.items()})
+        held_out |= {f"{name}/held_out_{m}": value for m, value in shown.items()}
+        ctx.log.info(f"{name}: trained on {summary[name]['trained_on']}, held out: {shown}")
         ctx.dist.on_main(lambda name=name, model=model: save(ctx, model, name, renderer.tokenizer))
-        first_step += steps + 1
-    ctx.log.info(f"pm: {summary}")
+        first_step += steps
+    ctx.log.truncate("pm", first_step)
+    ctx.log.metrics("pm", first_step, held_out)
     ctx.run.finish("pm", list(OUTPUTS), summary)
 
 
@@ -168,10 +170,10 @@ def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: 
         ctx.config.seed, cfg.epochs, cfg.batch_pairs, cfg.micro_tokens, cfg.lr, cfg.schedule, cfg.warmup_steps,
         cfg.weight_decay, cfg.max_grad_norm, cfg.save_every,
     )  # fmt: skip
-    state_dir = ctx.run.state_dir("pm") / name
     return fit(
-        model, task, settings, stage="pm", state_dir=state_dir, log=ctx.log, dist=ctx.dist, first_step=first_step
-    )
+        model, task, settings, stage="pm", state_dir=ctx.run.state_dir(name), log=ctx.log, dist=ctx.dist,
+        first_step=first_step,
+    )  # fmt: skip
 
 
 def held_out_results(model: Model, pairs: list[Pair]) -> dict[str, dict[str, Any]]:

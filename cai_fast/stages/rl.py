@@ -1,0 +1,341 @@
+"""Stage rl: RL-CAI, SL-CAI trained by PPO against the preference model (paper §4.1; design.md §10).
+
+One iteration: answers to red-team and helpful prompts, sampled by an engine that shares the policy's weights; reward =
+preference score at the end of the answer, minus a KL penalty against SL-CAI at every token; PPO update.
+Guards look at the answers before they are trained on. A training state is saved only after they have passed, so the
+newest state is always a usable policy, and it is what a guard's stop leaves behind.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cai_fast import checkpoint, losses, pipeline, records, rng
+from cai_fast.batching import Example, bins, pack
+from cai_fast.distributed import Stopped
+from cai_fast.engine import Completion
+from cai_fast.errors import InputError
+from cai_fast.model import Model, ScalarHead
+from cai_fast.optim import schedule
+from cai_fast.pipeline import Context
+from cai_fast.ppo import Critic, Ppo, Rollouts
+from cai_fast.records import Journal, Prompt, Rollout, content_id
+from cai_fast.runlog import Mean
+from cai_fast.tokenizer import Finished, Renderer
+
+OUTPUTS = ("rollouts.jsonl", "checkpoints/rl_cai")
+STANDARDISE_SAMPLES = 256
+KINDS = ("red_team", "helpful")
+MAX_LOGPROB_GAP = 1e-3  # nats; fp32 engine and trainer agree far better than this
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answer to be sampled; `visit` counts how often this prompt was used before."""
+
+    number: int  # in its iteration, over all ranks
+    prompt: Prompt
+    visit: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """This rank's answers of one iteration. scores[S]: raw preference scores."""
+
+    items: list[Item]
+    total: int  # over all ranks
+    completions: list[Completion]
+    finished: list[Finished]
+    scores: Tensor
+
+    def examples(self, renderer: Renderer) -> list[Example]:
+        """What PPO trains on: the tokens as sampled."""
+        return [
+            Example(item.prompt.id, renderer.dialogue(item.prompt.turns), c.token_ids)
+            for item, c in zip(self.items, self.completions, strict=True)
+        ]
+
+
+class PromptStream:
+    """Prompts of both kinds in their share; each kind in a new order every epoch, a function of seed and position."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.fraction = ctx, ctx.config.rl.red_team_fraction
+        self.orders: dict[tuple[str, int], list[int]] = {}  # the current epoch's order of each kind
+        self.prompts = {kind: pipeline.load_prompts(ctx, kind=kind, split="train") for kind in KINDS}
+        for kind, share in (("red_team", self.fraction), ("helpful", 1 - self.fraction)):
+            if share > 0 and not self.prompts[kind]:
+                raise InputError(f"rl: no {kind} prompt to train on, but rl.red_team_fraction = {self.fraction}")
+
+    def take(self, start: int, count: int) -> list[tuple[Prompt, int]]:
+        """Prompts number `start`... of the whole run, with how often each was used before."""
+        chosen = []
+        for position in range(start, start + count):
+            red_team = [math.floor(p * self.fraction + 0.5) for p in (position, position + 1)]
+            kind = "red_team" if red_team[1] > red_team[0] else "helpful"
+            chosen.append(self._nth(kind, red_team[0] if kind == "red_team" else position - red_team[0]))
+        return chosen
+
+    def _nth(self, kind: str, n: int) -> tuple[Prompt, int]:
+        prompts = self.prompts[kind]
+        epoch, index = divmod(n, len(prompts))
+        return prompts[self._order(kind, epoch)[index]], epoch
+
+    def _order(self, kind: str, epoch: int) -> list[int]:
+        if (kind, epoch) not in self.orders:
+            order = rng.permutation(self.ctx.key("rl/order", kind, epoch), len(self.prompts[kind]))
+            self.orders = {k: v for k, v in self.orders.items() if k[0] != kind} | {(kind, epoch): order}
+        return self.orders[kind, epoch]
+
+
+class Sampler:
+    """Answers of the current policy, scored by the preference model."""
+
+    def __init__(self, ctx: Context, policy: Model, renderer: Renderer) -> None:
+        self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, renderer
+        self.stream = PromptStream(ctx)
+        self.pm, self.pm_renderer = ctx.model("pm", head="score").requires_grad_(False), ctx.renderer("pm")
+        self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
+        if self.cfg.critic == "pm" and not self.same_tokens:
+            raise InputError("rl.critic = pm needs a preference model with the policy's tokenizer; use own or detached")
+        spec = pipeline.sampling(renderer, "response", self.cfg.temperature, self.cfg.max_new_tokens)
+        self.spec = dataclasses.replace(spec, top_k=self.cfg.top_k, top_p=self.cfg.top_p)
+        room = ctx.config.data.max_prompt_tokens + self.cfg.max_new_tokens
+        self.engine = ctx.engine(policy, renderer, -(-room // 64) * 64)
+
+    def items(self, step: int) -> list[Item]:
+        """The answers of iteration `step`."""
+        count = self.cfg.prompts_per_step
+        prompts, samples = self.stream.take(step * count, count), range(self.cfg.samples_per_prompt)
+        return [Item(n, p, v, s) for n, ((p, v), s) in enumerate(itertools.product(prompts, samples))]
+
+    def answer(self, items: list[Item], stage: str) -> Answers:
+        """This rank's share of the answers."""
+        dist, total = self.ctx.dist, len(items)
+        mine = items[total * dist.rank // dist.world : total * (dist.rank + 1) // dist.world]
+        prompts = [self.renderer.dialogue(item.prompt.turns) for item in mine]
+        keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in mine]
+        self.engine.invalidate()  # the weights may have changed since the last call
+        done = self.engine.generate(prompts, self.spec, keys=keys)
+        finished = [self.renderer.finish(c.token_ids, "response") for c in done]
+        return Answers(mine, total, done, finished, self.score(mine, finished))
+
+    @torch.no_grad()
+    def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
+        """[S] raw preference scores, read at the end-of-context token."""
+        sequences = [
+            self.pm_renderer.preference(
+                item.prompt.turns, f.token_ids if self.same_tokens else self.pm_renderer.response_ids(f.text)
+            )
+            for item, f in zip(items, finished, strict=True)
+        ]
+        scores = torch.zeros(len(sequences))
+        for group in bins([len(s) for s in sequences], self.cfg.micro_tokens):
+            scores[group] = losses.scores(self.pm, pack([sequences[i] for i in group], self.pm.device)).cpu()
+        return scores
+
+    def standardisation(self) -> tuple[float, float]:
+        """(mean, deviation) of the scores of a first sample of SL-CAI's answers."""
+        items = [Item(n, p, v, 0) for n, (p, v) in enumerate(self.stream.take(0, STANDARDISE_SAMPLES))]
+        return losses.standardisation(self.answer(items, "rl/standardise").scores, self.ctx.dist)
+
+
+class Loop:
+    """The iterations, their records, guards and states."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, ctx.renderer("sl_cai")
+        self.policy, self.reference = ctx.model("sl_cai"), ctx.model("sl_cai").requires_grad_(False)
+        self.sampler = Sampler(ctx, self.policy, self.renderer)
+        self.state_dir = ctx.run.state_dir("rl")
+        state = checkpoint.latest(self.state_dir)
+        if state is None:
+            mean, deviation = 0.0, 1.0
+            if self.cfg.reward_transform == "standardise":
+                mean, deviation = self.sampler.standardisation()
+            self.extra = {"mean": mean, "deviation": deviation, "kl_exact": 0.0, "kl_exact_max": 0.0}
+        else:
+            self.extra = dict(state.extra)
+        self.start = state.step if state else 0
+        self.exported_step = 0
+        self.ppo = Ppo(self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist)
+        if state is not None:
+            self.extra = self.ppo.restore(state)
+        ctx.log.truncate("rl", self.start)
+        self.provenance = pipeline.provenance(
+            ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
+        )
+
+    def critic(self) -> Critic:
+        """The value function that `rl.critic` names."""
+        if self.cfg.critic == "detached":
+            return Critic(ScalarHead(self.policy.config.hidden_size).to(self.policy.device))
+        if self.cfg.critic == "own":
+            return Critic(self.reference.with_score_head(0, zero=True))
+        return Critic(self.ctx.model("pm", head="score"), self.extra["mean"], self.extra["deviation"])
+
+    def run(self) -> str:
+        """All iterations; returns why a guard stopped them, or nothing. Collective."""
+        cfg, ctx = self.cfg, self.ctx
+        path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
+        if path.is_file():
+            with Journal(path) as journal:  # opening it mends a torn line
+                kept = [row for row in journal.rows() if row["record"]["iteration"] < self.start]
+            records.write_jsonl(path, kept)
+        with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
+            for step in range(self.start, cfg.steps + 1):
+                began = time.monotonic()
+                answers = self.sampler.answer(self.sampler.items(step), "rl")
+                first = answers.items[0].number if answers.items else 0
+                rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
+                rewards = self.rewards(answers)
+                values = self.statistics(answers, rollouts, rewards)
+                self.record(journal, step, answers, rollouts, rewards)
+                self.extra["kl_exact"] = values["rl/kl_exact"]
+                self.extra["kl_exact_max"] = max(self.extra["kl_exact_max"], values["rl/kl_exact"])
+                reason = self.guard(values)
+                if not reason:
+                    self.save(step, journal)
+                    if step < cfg.steps:
+                        values["perf/rollout_s"] = time.monotonic() - began
+                        values |= self.update(step, answers, rollouts, rewards)
+                        reason = "" if math.isfinite(values["rl/grad_norm"]) else "the gradient is not finite"
+                seconds = time.monotonic() - began
+                values |= {"rl/guard": float(bool(reason)), "perf/tokens_per_s": sum(rollouts.tokens) / seconds}
+                ctx.log.metrics("rl", step, values)
+                if reason:
+                    return f"iteration {step}: {reason}"
+                if step < cfg.steps:
+                    bar.update(1, reward=values["rl/reward"], kl=values["rl/kl_exact"])
+        self.exported_step = cfg.steps
+        return ""
+
+    def rewards(self, answers: Answers) -> Tensor:
+        """[S] transformed scores, with the penalty for answers that never stop."""
+        cut_off = torch.tensor([float(c.finish_reason == "length") for c in answers.completions])
+        return (answers.scores - self.extra["mean"]) / self.extra["deviation"] - self.cfg.missing_eos_penalty * cut_off
+
+    def statistics(self, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
+        """Global means over answers or tokens, before the update. Collective."""
+        means = Mean()
+        refused = [float(self.renderer.is_refusal(f.text)) for f in answers.finished]
+        per_answer = {
+            "reward": rewards, "score": answers.scores, "kl": rollouts.k1, "kl_exact": rollouts.kl,
+            "refusal_rate": torch.tensor(refused),
+            "length": torch.tensor([float(len(c.token_ids)) for c in answers.completions]),
+            "finished": torch.tensor([float(c.finish_reason == "stop") for c in answers.completions]),
+        }  # fmt: skip
+        for name, values in per_answer.items():
+            means.add(f"rl/{name}", values.sum(), len(values))
+        for kind in KINDS:
+            chosen = [r for r, item in zip(refused, answers.items, strict=True) if item.prompt.kind == kind]
+            means.add(f"rl/refusal_rate_{kind}", sum(chosen), len(chosen))
+        entropy, trained = rollouts.flat("entropy"), rollouts.flat("logprob").cpu()
+        sampled = [x for b in rollouts.bins for i in b.samples for x in answers.completions[i].logprobs]
+        gap = (trained - torch.tensor(sampled)).abs()
+        means.add("rl/entropy", entropy.sum(), entropy.numel())
+        means.add("rl/logprob_gap", gap.sum(), gap.numel())
+        result = means.reduce(self.ctx.dist)
+        if result["rl/logprob_gap"] > MAX_LOGPROB_GAP and self.policy.dtype == torch.float32:
+            self.ctx.log.warn(f"rl: engine and trainer disagree by {result['rl/logprob_gap']:.2g} nats per token")
+        return result | {"rl/kl_coef": self.ppo.kl_coef}
+
+    def record(self, journal: Journal, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> None:
+        """One journal row per answer."""
+        for i, (item, f) in enumerate(zip(answers.items, answers.finished, strict=True)):
+            seed = [self.ctx.config.seed, "rl", f"{item.prompt.id}/{item.sample}", item.visit]
+            row = Rollout(
+                content_id("rollout", item.prompt.id, step, item.number, item.sample), item.prompt.id, step, f.text,
+                float(rewards[i]), float(rollouts.k1[i]), item.sample,
+                self.provenance | {"parents": [item.prompt.id], "rng": seed, "policy_step": step},
+            )  # fmt: skip
+            journal.append({"number": item.number, "record": row.to_json()})
+
+    def guard(self, values: dict[str, float]) -> str:
+        """Why training must stop, judged by the policy's newest answers; nothing if all is well."""
+        cfg = self.cfg
+        kl, entropy = values["rl/kl_exact"], values["rl/entropy"]
+        if not math.isfinite(values["rl/reward"] + kl + entropy):
+            return "reward, KL or entropy is not finite"
+        if cfg.max_kl > 0 and kl > cfg.max_kl:
+            return f"KL to SL-CAI {kl:.3g} nats per answer is above rl.max_kl = {cfg.max_kl}"
+        for kind in KINDS:
+            rate = values[f"rl/refusal_rate_{kind}"]
+            if cfg.max_refusal_rate < 1 and rate > cfg.max_refusal_rate:
+                return f"{rate:.0%} of {kind} answers refuse, more than rl.max_refusal_rate = {cfg.max_refusal_rate}"
+        if entropy < cfg.min_entropy:
+            return f"entropy {entropy:.3g} nats per token is below rl.min_entropy = {cfg.min_entropy}"
+        return ""
+
+    def save(self, step: int, journal: Journal) -> None:
+        """Save where it is due or a stop was asked for; the policy of `step` has passed the guards. Collective."""
+        due = step == self.cfg.steps or (self.cfg.save_every and step % self.cfg.save_every == 0)
+        stop = self.ctx.dist.stop_agreed()
+        if (due or stop) and step > self.start:
+            journal.sync()
+            self.ppo.save(self.state_dir, step, self.extra)
+        if stop:
+            raise Stopped
+
+    def update(self, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
+        """Train on the answers of this iteration. Collective."""
+        began = time.monotonic()
+        stats = self.ppo.set_advantages(rollouts, rewards)
+        self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)
+        factor = schedule(self.cfg.schedule, step, self.cfg.steps, self.cfg.warmup_steps)
+        stats |= self.ppo.update(rollouts, factor) | {"lr": self.cfg.lr * factor}
+        stats.pop("entropy", None)  # reported of the policy that sampled
+        return {f"rl/{name}": value for name, value in stats.items()} | {"perf/update_s": time.monotonic() - began}
+
+    def fall_back(self) -> None:
+        """After a guard's stop: the newest policy that passed the guards and was saved, else SL-CAI."""
+        state, worst = checkpoint.latest(self.state_dir), self.extra["kl_exact_max"]
+        if state is None:
+            self.policy.load_state_dict(self.reference.state_dict())
+            self.extra["kl_exact"] = 0.0
+        else:
+            self.extra = self.ppo.restore(state)
+        self.extra["kl_exact_max"] = worst
+        self.exported_step = state.step if state else 0
+
+
+def inputs(ctx: Context) -> dict[str, Any]:
+    """What this stage depends on."""
+    return ctx.inputs("rl", files=["prompts.jsonl"], roles=["sl_cai", "pm"])
+
+
+def run(ctx: Context) -> None:
+    """Write rollouts.jsonl and checkpoints/rl_cai."""
+    loop = Loop(ctx)
+    reason = loop.run()
+    if reason:
+        loop.fall_back()
+        ctx.log.warn(f"rl: stopped by a guard at {reason}; exporting the policy after {loop.exported_step} iterations")
+    ctx.dist.barrier()
+    rows = ctx.dist.on_main(lambda: write_rollouts(ctx))
+    ctx.dist.on_main(lambda: loop.policy.save(ctx.checkpoint("rl_cai"), tokenizer=loop.renderer.tokenizer))
+    summary = {
+        "guard": reason, "iterations": loop.exported_step, "rollouts": rows, "kl_coef": loop.ppo.kl_coef,
+        "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],
+        "kl_exact_final": loop.extra["kl_exact"], "kl_exact_max": loop.extra["kl_exact_max"],
+    }  # fmt: skip
+    ctx.log.info(f"rl: {summary}")
+    ctx.run.finish("rl", list(OUTPUTS), summary)
+
+
+def write_rollouts(ctx: Context) -> int:
+    """All ranks' journals in the order of iterations -> rollouts.jsonl; returns the number of rows."""
+    rows = []
+    for path in sorted(ctx.run.path("journal").glob("rl.[0-9]*.jsonl")):
+        with Journal(path) as journal:
+            rows += journal.rows()
+    rows.sort(key=lambda row: (row["record"]["iteration"], row["number"]))
+    records.write_jsonl(ctx.run.path("rollouts.jsonl"), [row["record"] for row in rows])
+    return len(rows)

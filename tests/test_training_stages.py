@@ -1,0 +1,315 @@
+"""Stages sft, pm and rl on written records and a tiny byte-level model: files, resume, guards, bad input."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import byte_tokenizer
+from tiny import CONFIG, alone
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from cai_fast import config, distributed, losses, model, pipeline, records
+from cai_fast.batching import pack
+from cai_fast.distributed import Stopped
+from cai_fast.errors import InputError
+from cai_fast.pipeline import Context
+from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision, Rollout, Round, Turn
+from cai_fast.rundir import RunDir
+from cai_fast.runlog import RunLog
+from cai_fast.stages import pm, rl, sft
+from cai_fast.tokenizer import Tokenizer
+
+PROMPTS = [
+    Prompt(f"{kind}{i}", kind, (Turn("human", f"{kind} question {i}"),), "written", "train")
+    for kind in ("red_team", "helpful") for i in range(30)
+]  # fmt: skip
+ARGUMENTS = {
+    "data.max_prompt_tokens": 64, "sft.lr": 1e-3, "sft.batch_tokens": 400, "sft.micro_tokens": 300,
+    "revise.rounds": 2, "pm.epochs": 2, "pm.lr": 1e-3, "pm.batch_pairs": 8, "pm.micro_tokens": 500, "rl.steps": 3,
+    "rl.prompts_per_step": 8, "rl.max_new_tokens": 8, "rl.minibatches": 2, "rl.epochs": 2, "rl.lr": 1e-3,
+    "rl.save_every": 1, "rl.critic": "pm", "rl.critic_lr": 1e-3, "rl.micro_tokens": 200,
+    "rl.reward_transform": "standardise", "rl.missing_eos_penalty": 1.0, "sft.revisions": "all", "pm.save_every": 2,
+    "pm.eval_fraction": 0.2, "data.constitution": "harmlessness",
+}  # fmt: skip
+
+
+def answer(good: bool) -> str:
+    return " ".join(random.choices(["flour", "water", "wait", "mix"], k=3)) + (" please" if good else " never")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "base"
+    tokenizer = Tokenizer.load(byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    shape = CONFIG.replace(vocab_size=tokenizer.vocab_size)
+    model.init_random(shape, 0, std=0.1).save(folder, tokenizer=tokenizer)
+    return folder
+
+
+def write_inputs(folder: Path, base: Path) -> None:
+    """What the stages before would have written."""
+    random.seed(0)
+    tokenizer = Tokenizer.load(base)
+    revisions, helpful, comparisons, labels, tokens = [], [], [], [], {}
+    for p in PROMPTS:
+        texts = [answer(False), answer(False), answer(True)]
+        if p.kind == "helpful":
+            helpful.append(Helpful("h" + p.id, p.id, texts[2]))
+            tokens["h" + p.id] = (tokenizer.encode(" " + texts[2]) + [tokenizer.eos_id], None)
+            continue
+        rounds = tuple(Round("principle", "critique", text) for text in texts[1:])
+        revisions.append(Revision("r" + p.id, p.id, texts[0], rounds, kept=p.id != "red_team3"))
+        for k, text in enumerate(texts):
+            tokens[f"r{p.id}/{k}"] = (tokenizer.encode(" " + text) + [tokenizer.eos_id], None)
+        comparisons.append(Comparison("c" + p.id, p.id, "harmless", "ai", texts[0], texts[2], "train"))
+        labels.append(Label("l" + p.id, "c" + p.id, 0.1))
+    records.write_jsonl(folder / "prompts.jsonl", PROMPTS)
+    records.write_jsonl(folder / "revisions.jsonl", revisions)
+    records.write_jsonl(folder / "helpful.jsonl", helpful)
+    records.write_jsonl(folder / "comparisons.jsonl", comparisons)
+    records.write_jsonl(folder / "labels.jsonl", labels)
+    records.write_tokens(folder / "tokens" / "revisions.safetensors", tokens)
+    ids = {f"{c.id}/{s}": (tokenizer.encode(" " + t) + [tokenizer.eos_id], None)
+           for c in comparisons for s, t in (("a", c.response_a), ("b", c.response_b))}  # fmt: skip
+    records.write_tokens(folder / "tokens" / "comparisons.safetensors", ids)
+    rows = [{"prompt": f"help me {i}", "chosen": answer(True), "rejected": answer(False)} for i in range(40)]
+    (folder.parent / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_run(folder: Path, base: Path, **changes: Any) -> Context:
+    """A context whose earlier stages are finished."""
+    arguments = ARGUMENTS | {"model.base": base, "data.red_team": "x", "data.helpful": "x"}
+    arguments |= {"data.preferences": folder.parent / "preferences.jsonl"}
+    arguments |= {name.replace("__", "."): value for name, value in changes.items()}
+    words = ["--run-dir", str(folder)]
+    for name, value in arguments.items():
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    cfg = config.load(words)
+    fresh = not folder.exists()
+    run = RunDir.open(folder, cfg, dist=alone())
+    ctx = pipeline.open_context(cfg, run, RunLog(folder / "metrics.jsonl"), alone())
+    if fresh:
+        write_inputs(folder, base)
+        outputs = {
+            "revise": ["prompts.jsonl", "revisions.jsonl", "helpful.jsonl", "tokens/revisions.safetensors"],
+            "compare": ["comparisons.jsonl", "tokens/comparisons.safetensors"], "label": ["labels.jsonl"],
+        }  # fmt: skip
+        for stage, files in outputs.items():
+            run.begin(stage, {})
+            run.finish(stage, files, {})
+    return ctx
+
+
+def do(ctx: Context, *stages: Any) -> None:
+    for stage in stages:
+        name = stage.__name__.rsplit(".", 1)[1]
+        inputs = stage.inputs(ctx)
+        if not ctx.run.is_done(name, inputs):
+            ctx.run.begin(name, inputs)
+            stage.run(ctx)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Context:
+    """A run with all three stages done."""
+    ctx = open_run(tmp_path_factory.mktemp("run") / "run", base)
+    do(ctx, sft, pm, rl)
+    ctx.run.close()
+    return ctx
+
+
+def rows_of(ctx: Context, stage: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in ctx.run.path("metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["stage"] == stage]
+
+
+def weights(ctx: Context, name: str) -> dict[str, Tensor]:
+    return model.load(ctx.checkpoint(name)).state_dict()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_sft_trains_on_the_chosen_revisions(trained: Context) -> None:
+    summary = trained.run.record("sft")["summary"]
+    assert summary["revisions"] == 2 * 29, "two revisions of every kept chain, not the initial response"
+    assert summary["helpful"] == 30
+    assert summary["over_long"] == 0
+    examples, _ = sft.examples_of(trained, trained.renderer("base"))
+    one = next(e for e in examples if e.id == "rred_team5/2")
+    text = trained.renderer("base").tokenizer.decode(one.target_ids)
+    revision = records.read_jsonl(trained.run.path("revisions.jsonl"), Revision)[5]
+    assert text.strip() == revision.rounds[1].revision
+    assert one.target_ids[-1] == trained.renderer("base").tokenizer.eos_id
+    assert sft.revision_indices("all", 4) == [1, 2, 3, 4]
+    assert sft.revision_indices("last", 4) == [4]
+    assert sft.revision_indices((3, 0), 4) == [0, 3]
+    losses_seen = [row["sft/loss"] for row in rows_of(trained, "sft")]
+    assert losses_seen[-1] < losses_seen[0]
+    assert not same(weights(trained, "sl_cai"), model.load(trained.folder("base")).state_dict())
+
+
+def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
+    renderer = trained.renderer("pm_init")
+    helpful, rejected = pm.helpful_pairs(trained, renderer)
+    pairs = pm.harmless_pairs(trained, renderer) + helpful
+    assert rejected == {"malformed": 0, "over_long": 0}
+    assert len(pairs) == 30 + 40
+    sides: dict[str, set[tuple[str, bool]]] = {}
+    for p in pairs:
+        sides.setdefault(p.turns[0].text, set()).add(p.side(0.2))
+    assert all(len(side) == 1 for side in sides.values())
+    assert {side for group in sides.values() for side in group} == {(n, h) for n in pm.MODELS for h in (True, False)}
+    assert all(ids[-1] == renderer.tokenizer.eoc_id for p in pairs for ids in (p.ids_a, p.ids_b))
+    summary = trained.run.record("pm")["summary"]
+    counted = [summary[n]["trained_on"][k] + summary[n][k]["count"] for n in pm.MODELS for k in pm.KINDS]
+    assert sum(counted) == 70
+    assert all(0 <= summary[n][k]["accuracy"] <= 1 for n in pm.MODELS for k in pm.KINDS)
+    steps = [row["step"] for row in rows_of(trained, "pm")]
+    assert steps == list(range(len(steps)))
+
+
+def test_exports_load_in_transformers_with_equal_results(trained: Context) -> None:
+    tokens = [trained.renderer("pm").preference(PROMPTS[i].turns, [20 + i, 2]) for i in range(3)]
+    theirs = AutoModelForSequenceClassification.from_pretrained(trained.checkpoint("pm"))
+    longest = max(map(len, tokens))
+    padded = torch.tensor([t + [theirs.config.pad_token_id] * (longest - len(t)) for t in tokens])
+    with torch.no_grad():
+        ours = losses.scores(model.load(trained.checkpoint("pm")), pack(tokens))
+        mask = (padded != theirs.config.pad_token_id).long()
+        torch.testing.assert_close(theirs(padded, attention_mask=mask).logits[:, 0], ours, rtol=1e-4, atol=1e-5)
+        policy = AutoModelForCausalLM.from_pretrained(trained.checkpoint("rl_cai"))
+        rl_cai = model.load(trained.checkpoint("rl_cai"))
+        hidden = rl_cai(pack([tokens[0]]))
+        expected = policy(torch.tensor([tokens[0]])).logits[0]
+        torch.testing.assert_close(hidden @ rl_cai.lm_head_weight.t(), expected, rtol=1e-4, atol=1e-4)
+    assert Tokenizer.load(trained.checkpoint("rl_cai")).hash == Tokenizer.load(trained.folder("base")).hash
+
+
+def test_rollouts_and_metrics(trained: Context) -> None:
+    rows = records.read_jsonl(trained.run.path("rollouts.jsonl"), Rollout)
+    assert [row.iteration for row in rows] == [i for i in range(4) for _ in range(8)]
+    assert len({row.id for row in rows}) == len(rows)
+    assert sum(row.prompt_id.startswith("red_team") for row in rows[:8]) == 4
+    assert all(row.kl == 0 for row in rows[:8]), "the first policy is the reference"
+    assert {"pm", "model", "policy_step", "rng", "sampling"} <= rows[0].provenance.keys()
+    metrics = rows_of(trained, "rl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    names = ["reward", "kl", "kl_exact", "approx_kl", "clipfrac", "explained_variance", "entropy", "logprob_gap",
+             "refusal_rate", "length", "kl_coef", "grad_norm", "guard"]  # fmt: skip
+    assert all(f"rl/{name}" in metrics[0] for name in names)
+    assert metrics[0]["rl/kl_exact"] == 0
+    assert metrics[0]["rl/first_ratio_gap"] == 0
+    assert metrics[2]["rl/kl_exact"] > 0
+    assert all(row["rl/logprob_gap"] < 1e-5 for row in metrics)
+    assert metrics[1]["rl/reward"] == pytest.approx(sum(r.reward for r in rows[8:16]) / 8, rel=1e-5)
+    summary = trained.run.record("rl")["summary"]
+    assert summary["guard"] == ""
+    assert summary["kl_exact_final"] == metrics[3]["rl/kl_exact"]
+    assert summary["kl_exact_max"] == max(row["rl/kl_exact"] for row in metrics)
+    assert not same(weights(trained, "rl_cai"), weights(trained, "sl_cai"))
+
+
+class Killed(BaseException):
+    """Not an error that anything handles: the process is gone."""
+
+
+def test_kill_and_resume_give_the_same_bits(
+    tmp_path: Path, base: Path, trained: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Die in the middle of pm_eval, of an RL update, and by SIGTERM: the files are those of an undisturbed run."""
+
+    def die_at(target: Any, name: str, call: int) -> None:
+        real: Callable[..., Any] = getattr(target, name)
+        calls = iter(range(10**6))
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                if name == "stop_requested":
+                    return True
+                raise Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, wrapped)
+
+    folder = tmp_path / "run"
+    for target, name, call, stages in (
+        (losses, "preference_loss", 11, (sft, pm)),
+        (losses, "policy_loss", 11, (sft, pm, rl)),
+        (distributed, "stop_requested", 1, (rl,)),
+    ):
+        die_at(target, name, call)
+        ctx = open_run(folder, base)
+        with pytest.raises((Killed, Stopped)):
+            do(ctx, *stages)
+        ctx.run.close()
+        monkeypatch.undo()
+    ctx = open_run(folder, base)
+    do(ctx, sft, pm, rl)
+    ctx.run.close()
+    for name in ("sl_cai", "pm", "pm_eval", "rl_cai"):
+        assert same(weights(ctx, name), weights(trained, name)), name
+    assert ctx.run.path("rollouts.jsonl").read_bytes() == trained.run.path("rollouts.jsonl").read_bytes()
+    timeless = [
+        [{k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in rows_of(c, stage)]
+        for stage in ("sft", "pm", "rl") for c in (ctx, trained)
+    ]  # fmt: skip
+    assert timeless[0::2] == timeless[1::2]
+
+
+@pytest.mark.parametrize(("setting", "value", "message"), [
+    ("rl__max_kl", 1e-9, "KL to SL-CAI"), ("rl__min_entropy", 50.0, "entropy"), ("rl__lr", 1e30, "not finite"),
+])  # fmt: skip
+def test_guards_leave_a_usable_policy(
+    tmp_path: Path, base: Path, trained: Context, setting: str, value: float, message: str
+) -> None:
+    ctx = open_run(tmp_path / "run", base, **{setting: value})
+    for name, stage in (("sl_cai", "sft"), ("pm", "pm")):
+        trained_folder = trained.checkpoint(name)
+        (ctx.run.path("checkpoints")).mkdir(exist_ok=True)
+        ctx.checkpoint(name).symlink_to(trained_folder)
+        ctx.run.begin(stage, {})
+        ctx.run.finish(stage, [], {})
+    do(ctx, rl)
+    ctx.run.close()
+    summary = ctx.run.record("rl")["summary"]
+    assert message in summary["guard"]
+    assert rows_of(ctx, "rl")[-1]["rl/guard"] == 1.0
+    exported = weights(ctx, "rl_cai")
+    assert all(torch.isfinite(t).all() for t in exported.values())
+    if summary["iterations"] == 0:
+        assert same(exported, weights(trained, "sl_cai"))
+
+
+def test_harmlessness_only_data_is_refused_unless_asked_for(tmp_path: Path, base: Path, trained: Context) -> None:
+    ctx = open_run(tmp_path / "run", base, pm__harmless_only=True, data__preferences="")
+    empty = Context(dataclasses.replace(ctx.config, pm=config.PmConfig()), ctx.run, ctx.log, ctx.dist, ctx.constitution)
+    with pytest.raises(InputError, match="teaches refusals"):
+        pm.run(empty)
+    do(ctx, pm)
+    ctx.run.close()
+    assert ctx.run.record("pm")["summary"]["pairs"] == {"harmless": 30}
+
+
+def test_prompt_stream_mixes_and_covers(trained: Context) -> None:
+    stream = rl.PromptStream(trained)
+    taken = stream.take(0, 120)
+    for start in range(0, 120, 10):
+        assert sum(p.kind == "red_team" for p, _ in taken[start : start + 10]) == 5
+    assert sorted(p.id for p, visit in taken if visit == 0) == sorted(p.id for p in PROMPTS)
+    assert taken[37:90] == rl.PromptStream(trained).take(37, 53), "a function of the position alone"
+    assert [p.id for p, v in taken if v == 0] != [p.id for p, v in taken if v == 1]
+
+
+def test_agreement_by_hand() -> None:
+    result = pm.agreement([2.0, -1.0, 0.0, 3.0], [0.9, 0.8, 0.2, 0.5])
+    assert result["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert (result["sided"], result["count"]) == (3, 4)
+    assert pm.agreement([1000.0, -1000.0], [1.0, 0.0])["ece"] == 0
