@@ -147,9 +147,10 @@ class Reviser:
         """Plain samples for helpful prompts; `items` are (prompt, '<prompt id>/<sample number>')."""
         draws = [int(item.rsplit("/", 1)[1]) for _, item in items]
         answers = self.answer([p for p, _ in items], "revise/helpful", draws)
-        for (prompt, item), (finished, reason) in zip(items, answers, strict=True):
+        for (prompt, item), draw, (finished, reason) in zip(items, draws, answers, strict=True):
             identity = content_id("helpful", item)
             source = self._provenance(self.specs["response"], prompt.id, "revise/helpful")
+            source["rng"].append(draw)
             record = Helpful(identity, prompt.id, finished.text, source)
             yield {
                 "id": item,
