@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import config, distributed, losses, model, pipeline, records
+from cai_fast import config, config_schema, distributed, losses, model, pipeline, records
 from cai_fast.batching import pack
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -296,6 +297,15 @@ def test_harmlessness_only_data_is_refused_unless_asked_for(tmp_path: Path, base
     do(ctx, pm)
     ctx.run.close()
     assert ctx.run.record("pm")["summary"]["pairs"] == {"harmless": 30}
+
+
+def test_guard_against_refusals_looks_at_each_kind_of_prompt() -> None:
+    values = {"rl/reward": 0.0, "rl/kl_exact": 1.0, "rl/entropy": 1.0, "rl/refusal_rate_helpful": 0.0}
+    for rate, limit, stops in ((0.8, 0.5, True), (0.4, 0.5, False), (1.0, 1.0, False), (float("nan"), 0.5, False)):
+        loop = SimpleNamespace(cfg=config_schema.RlConfig(max_refusal_rate=limit))
+        reason = rl.Loop.guard(loop, values | {"rl/refusal_rate_red_team": rate})
+        assert bool(reason) == stops
+        assert not stops or "80% of red_team answers refuse" in reason
 
 
 def test_prompt_stream_mixes_and_covers(trained: Context) -> None:

@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,12 +185,8 @@ class Loop:
     def run(self) -> str:
         """All iterations; returns why a guard stopped them, or nothing. Collective."""
         cfg, ctx = self.cfg, self.ctx
-        path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
-        if path.is_file():
-            with Journal(path) as journal:  # opening it mends a torn line
-                kept = [row for row in journal.rows() if row["record"]["iteration"] < self.start]
-            records.write_jsonl(path, kept)
-        with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
+        ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
+        with Journal(ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
                 answers = self.sampler.answer(self.sampler.items(step), "rl")
@@ -330,10 +327,23 @@ def run(ctx: Context) -> None:
     ctx.run.finish("rl", list(OUTPUTS), summary)
 
 
+def journals(ctx: Context) -> list[Path]:
+    """Every rank's journal, also those of an earlier start with more ranks."""
+    return sorted(ctx.run.path("journal").glob("rl.[0-9]*.jsonl"))
+
+
+def drop_rows(ctx: Context, start: int) -> None:
+    """Forget the answers of iterations that will be done again."""
+    for path in journals(ctx):
+        with Journal(path) as journal:  # opening it mends a torn line
+            kept = [row for row in journal.rows() if row["record"]["iteration"] < start]
+        records.write_jsonl(path, kept)
+
+
 def write_rollouts(ctx: Context) -> int:
     """All ranks' journals in the order of iterations -> rollouts.jsonl; returns the number of rows."""
     rows = []
-    for path in sorted(ctx.run.path("journal").glob("rl.[0-9]*.jsonl")):
+    for path in journals(ctx):
         with Journal(path) as journal:
             rows += journal.rows()
     rows.sort(key=lambda row: (row["record"]["iteration"], row["number"]))
