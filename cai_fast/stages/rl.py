@@ -186,7 +186,8 @@ class Loop:
         """All iterations; returns why a guard stopped them, or nothing. Collective."""
         cfg, ctx = self.cfg, self.ctx
         ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
-        with Journal(ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
+        path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
+        with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
                 answers = self.sampler.answer(self.sampler.items(step), "rl")
