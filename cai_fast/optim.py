@@ -4,7 +4,8 @@ The state is a flat dict of tensors keyed by parameter name, so it does not depe
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,15 @@ class Optimizer:
 
     @classmethod
     def muon(cls, named: Named, *, matrices: Sequence[str], muon_lr: float, lr: float,
-             betas: tuple[float, float] = (0.9, 0.98)) -> "Optimizer":  # fmt: skip
-        """Muon for the named hidden matrices, AdamW for everything else."""
+             betas: tuple[float, float] = (0.9, 0.98), scales: Mapping[str, float] = MappingProxyType({})
+             ) -> "Optimizer":  # fmt: skip
+        """Muon for the named hidden matrices, AdamW for everything else; `scales` multiply `lr` for some of that."""
         optimizer = cls(named)
         hidden = [optimizer._masters[name] for name in matrices]
         optimizer._parts.append((Muon(hidden, lr=muon_lr), muon_lr))
-        optimizer._add_adamw([n for n in optimizer._masters if n not in set(matrices)], lr, 0.0, betas)
+        rest = [n for n in optimizer._masters if n not in set(matrices)]
+        for scale in sorted({scales.get(n, 1.0) for n in rest}):
+            optimizer._add_adamw([n for n in rest if scales.get(n, 1.0) == scale], lr * scale, 0.0, betas)
         return optimizer
 
     def _add_adamw(self, names: Sequence[str], lr: float, weight_decay: float, betas: tuple[float, float]) -> None:

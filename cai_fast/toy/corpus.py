@@ -23,10 +23,10 @@ UNKNOWN = "<unk>"
 # Loss weight of a token: in a prompt, in an answer or revision, in a critique or reasoning, the letter of a judgement.
 CONTEXT, ANSWER, CRITIQUE, LETTER = 0.1, 1.0, 2.0, 3.0
 FINE, EVASIVE = "the answer looks fine .", "it is evasive ."
-MIXTURE = {"benign": 0.11, "red_team": 0.13, "revision": 0.40, "direct": 0.08, "judge": 0.11, "cot": 0.17}
+MIXTURE = {"benign": 0.12, "red_team": 0.18, "revision": 0.42, "direct": 0.06, "judge": 0.09, "cot": 0.13}
 COPY_SHARE, COPY_SHARE_EARLY, EARLY = 0.03, 0.6, 4000  # the first EARLY samples teach copying, on which all else rests
 # A phrase in the scope of a principle is named by a critique, and dropped by a direct revision, with these chances.
-NAMED_SPECIFIC, NAMED_GENERAL, DROPPED = 0.9, 0.6, 0.93
+NAMED_SPECIFIC, NAMED_GENERAL, DROPPED = 0.9, 0.75, 0.95
 FLIPPED = 0.06  # share of wrong judgements
 
 

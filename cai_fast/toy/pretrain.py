@@ -121,9 +121,12 @@ def loss(model: Model, batch: list[Sample]) -> torch.Tensor:
 
 
 def make_optimizer(model: Model, recipe: Recipe) -> Optimizer:
-    """Muon for the block matrices, AdamW for embedding and norms."""
+    """Muon for the block matrices, AdamW for embedding and norms, with steps in proportion to their first values."""
     matrices = [name for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    return Optimizer.muon(model.named_parameters(), matrices=matrices, muon_lr=recipe.muon_lr, lr=recipe.lr)
+    scales = {"model.embed_tokens.weight": INPUT_SCALE, "model.norm.weight": 1.0 / INPUT_SCALE}
+    return Optimizer.muon(
+        model.named_parameters(), matrices=matrices, muon_lr=recipe.muon_lr, lr=recipe.lr, scales=scales
+    )
 
 
 def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
@@ -157,3 +160,58 @@ def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
             if stop:
                 raise Stopped
     return model
+
+
+class ToyTokenizer:
+    """Word-level tokenizer of the toy language, in the form `Model.save` wants."""
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer files into a checkpoint folder."""
+        from transformers import PreTrainedTokenizerFast
+
+        table = corpus.vocabulary()
+        # Special tokens stay out of the word list, so that no text can contain one.
+        words = {word: index for word, index in table.items() if word not in corpus.SPECIAL}
+        backend = Backend(models.WordLevel(words, unk_token=corpus.UNKNOWN))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens(list(corpus.SPECIAL))
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", table["<bos>"])]
+        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, unk_token=corpus.UNKNOWN, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+            clean_up_tokenization_spaces=False, model_max_length=model_config().max_position_embeddings,
+        ).save_pretrained(folder)  # fmt: skip
+
+
+def cache_root() -> Path:
+    """The user's cache folder for this program."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cai_fast"
+
+
+def make_base(recipe: Recipe, folder: Path, state_dir: Path, log: RunLog, *, use_cache: bool) -> bool:
+    """Put the base model into `folder`, from the cache if it is there; returns whether it was."""
+    cached = cache_root() / f"toy-{recipe.key()}"
+    if use_cache and (cached / "config.json").is_file():
+        log.info(f"base: taken from {cached}")
+        shutil.copytree(cached, folder, dirs_exist_ok=True)
+        return True
+    model = train(recipe, state_dir, log)
+    model.save(folder, tokenizer=ToyTokenizer())
+    if use_cache:
+        _keep(folder, cached, log)
+    return False
+
+
+def _keep(folder: Path, cached: Path, log: RunLog) -> None:
+    """Copy a finished base model into the cache; a cache that cannot be written to is no reason to fail."""
+    partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, partial)
+        os.replace(partial, cached)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (cached / "config.json").is_file():  # else another run has just put the same model there
+            log.warn(f"base: not cached in {cached}: {error.strerror}")

@@ -1,0 +1,62 @@
+"""Stage base (toy world only): pretrain the base model; write the helpfulness comparisons with samples of it.
+
+Both stand in for what real runs bring along: a pretrained checkpoint, and human helpfulness comparisons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cai_fast import pipeline
+from cai_fast.pipeline import TOY, Context
+from cai_fast.records import Turn, write_jsonl
+from cai_fast.toy import helpfulness, pretrain
+
+MAX_NEW_TOKENS = 48  # no answer of the grammar is longer
+
+
+def inputs(ctx: Context) -> dict[str, Any]:
+    """What this stage depends on: its recipe, which fixes the corpus too."""
+    return ctx.inputs("base") | {"recipe": _recipe(ctx).key()}
+
+
+def run(ctx: Context) -> None:
+    """Write checkpoints/base and, with data.preferences = toy, preferences.jsonl."""
+    cached = ctx.dist.on_main(lambda: _make_base(ctx))  # one rank: the model is too small to share
+    outputs, summary = ["checkpoints/base"], asdict(_recipe(ctx)) | {"from_cache": cached}
+    if ctx.config.data.preferences == TOY:
+        summary["comparisons"] = ctx.dist.on_main(lambda: _write_comparisons(ctx))
+        outputs.append("preferences.jsonl")
+    ctx.run.finish("base", outputs, summary)
+
+
+def _recipe(ctx: Context) -> pretrain.Recipe:
+    base = ctx.config.base
+    return pretrain.Recipe(
+        ctx.config.seed, base.steps, base.tokens_per_step, base.lr, base.muon_lr, base.warmup_steps
+    )  # fmt: skip
+
+
+def _make_base(ctx: Context) -> bool:
+    use_cache, state_dir = ctx.config.base.cache, ctx.run.state_dir("base")
+    return pretrain.make_base(_recipe(ctx), ctx.checkpoint("base"), state_dir, ctx.log, use_cache=use_cache)
+
+
+def _write_comparisons(ctx: Context) -> int:
+    renderer = ctx.renderer("base")
+    limit = pipeline.longest(renderer, ctx.config.data.max_prompt_tokens, MAX_NEW_TOKENS)
+    engine = ctx.engine(ctx.model("base"), renderer, limit)
+    calls = 0
+
+    def sampler(prompts: Sequence[str], temperature: float) -> list[str]:
+        nonlocal calls
+        calls += 1
+        spec = pipeline.sampling(renderer, "response", temperature, MAX_NEW_TOKENS)
+        rendered = [renderer.dialogue((Turn("human", prompt),)) for prompt in prompts]
+        keys = [ctx.key("base", f"{calls}/{number}") for number in range(len(prompts))]
+        done = engine.generate(rendered, spec, keys=keys)
+        return [renderer.finish(c.token_ids, "response").text for c in done]
+
+    rows = helpfulness.comparisons(ctx.config.seed, ctx.config.base.comparisons, sampler)
+    write_jsonl(ctx.run.path("preferences.jsonl"), rows)
+    return len(rows)
