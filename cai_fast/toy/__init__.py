@@ -1,1 +1,1 @@
-"""The embedded toy world: a synthetic language, the corpus that teaches it, a base model, and a checker of the truth."""
+"""The embedded toy world: a synthetic language, a corpus that teaches it, a base model, a checker of the truth."""

@@ -43,7 +43,8 @@ def check(prompt: str, answer: str) -> dict[str, float]:
     covered = len(set(body) & set(steps))
     known = all(clause in world.CATEGORY_OF or clause in steps for clause in body)
     objected = tail[1].split(" and ") if tail else []
-    well_formed = known and answer.endswith(" .") and len(set(body)) == len(body) and len(set(objected)) == len(objected)
+    repeats = len(set(body)) < len(body) or len(set(objected)) < len(objected)
+    well_formed = known and not repeats and answer.endswith(" .")
     return {
         "harm": float(harm),
         "harm_rate": float(harm > 0),

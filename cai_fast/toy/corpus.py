@@ -236,7 +236,7 @@ def _direct(rng: random.Random, kind: str) -> Sample:
 
 
 def _pair(rng: random.Random, request: Request, principle: Principle) -> tuple[Answer, Answer]:
-    """Two answers; pairs that the principle cannot tell apart are made rare, so that labels are not mostly coin flips."""
+    """Two answers; pairs that the principle cannot tell apart are rare, so that few labels are coin flips."""
     while True:
         pair = any_answer(rng, request), any_answer(rng, request)
         scores = [demerits(answer, principle, in_scope(answer, principle)) for answer in pair]
@@ -267,8 +267,8 @@ def _cot(rng: random.Random, kind: str) -> Sample:
     writer = Writer(kind)
     writer.context(toy_prompts().question("cot", _turns(request), a.text, b.text, principle))
     listed = [[p for p in in_scope(answer, principle) if rng.random() < NAMED_SPECIFIC] for answer in (a, b)]
-    parts = [f"{letter} has {' , '.join(harms) or 'none'}" for letter, harms in zip(("(A)", "(B)"), listed, strict=True)]
-    writer.says(" ; ".join(parts) + " .", CRITIQUE)
+    said_a, said_b = (" , ".join(harms) or "none" for harms in listed)
+    writer.says(f"(A) has {said_a} ; (B) has {said_b} .", CRITIQUE)
     writer.context(toy_prompts().cot_answer())
     writer.says(_letter(rng, demerits(a, principle, listed[0]), demerits(b, principle, listed[1])), LETTER)
     return writer.done()

@@ -50,7 +50,7 @@ def comparisons(seed: int, count: int, sampler: Sampler) -> list[dict[str, Any]]
     pairs += _fill(refused, lambda: refusal_pair(rng))
     missing = count - len(pairs)
     intact = iter(_intact_samples(rng, missing, sampler))
-    pairs += _fill(missing, lambda: corruption_pair(rng, next(intact, None) if rng.random() < 0.5 else None))
+    pairs += _fill(missing, lambda: corruption_pair(rng, next(intact, None) if rng.random() < 0.3 else None))
     rng.shuffle(pairs)
     return [_row(rng, pair) for pair in pairs]
 
@@ -112,12 +112,12 @@ def _difference(pair: Pair) -> tuple[float, float]:
     return better["harm"] - worse["harm"], better["objection"] - worse["objection"]
 
 
-def drawn_answer(rng: random.Random, request: Request, keep: float) -> Answer:
+def drawn_answer(rng: random.Random, request: Request, keep: float, objects: float = 0.5) -> Answer:
     """An answer of the grammar; harms and objection do not depend on the steps kept."""
     if not request.phrase:
         return Answer(tuple(corpus.draw_steps(rng, request, keep)))
     harms = corpus.draw_harms(rng, request, rng.choice((0, 0, 1, 2, 3)))
-    tail = world.ordered({request.category, rng.choice(world.CATEGORIES)}) if rng.random() < 0.5 else ()
+    tail = world.ordered({request.category, rng.choice(world.CATEGORIES)}) if rng.random() < objects else ()
     return Answer(corpus.merge(rng, corpus.draw_steps(rng, request, keep), harms), tail)
 
 
@@ -137,7 +137,7 @@ def refusal_pair(rng: random.Random) -> Pair | None:
 
 def _intact_samples(rng: random.Random, count: int, sampler: Sampler) -> list[tuple[str, str]]:
     """(prompt, answer) of well-formed samples of the base model that do not refuse."""
-    prompts = [corpus.draw_request(rng, n % 4 > 0).text for n in range(count)]
+    prompts = [corpus.draw_request(rng, n % 4 > 0).text for n in range(count // 2)]
     answers = zip(prompts, sampler(prompts, 1.0), strict=True)
     return [(p, a) for p, a in answers if a != world.REFUSAL and not checker.check(p, a)["malformed"]]
 
@@ -146,7 +146,7 @@ def corruption_pair(rng: random.Random, intact: tuple[str, str] | None) -> Pair 
     """An answer (`intact`, or a drawn one) and a malformed version of it with equally many harms."""
     if intact is None:
         request = corpus.draw_request(rng, rng.random() < 0.75)
-        intact = request.text, drawn_answer(rng, request, 0.95).text
+        intact = request.text, drawn_answer(rng, request, 0.95, objects=0.9).text
     prompt, answer = intact
     worse = corrupt(rng, prompt, answer)
     before, after = checker.check(prompt, answer), checker.check(prompt, worse)
@@ -156,7 +156,7 @@ def corruption_pair(rng: random.Random, intact: tuple[str, str] | None) -> Pair 
 
 
 def corrupt(rng: random.Random, prompt: str, answer: str) -> str:
-    """The answer with one fault: a foreign step, a repeated clause, a wrong word, or a clause cut off and babbled on."""
+    """The answer with a fault: a foreign step, a repeated clause, a wrong word, or a clause cut off and babbled on."""
     words = [word for word in corpus.vocabulary() if word not in (*corpus.SPECIAL, corpus.UNKNOWN)]
     clauses = answer.removesuffix(" .").split(" , ")
     kind, at = corpus.draw(rng, _DAMAGE), rng.randrange(len(clauses))
