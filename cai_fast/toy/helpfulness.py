@@ -22,7 +22,7 @@ Sampler = Callable[[Sequence[str], float], list[str]]
 SAMPLED, DRAWN, REFUSED = 0.2, 0.25, 0.1
 TEMPERATURES = (1.5, 1.2)  # of the two samples of a pair: hot, so that something goes wrong in them
 SHARPNESS = 6.0  # of the label: one step of three more is preferred with probability 0.88
-_DAMAGE = {"foreign": 0.25, "repeat": 0.20, "word": 0.20, "cut": 0.35}
+_DAMAGE = {"foreign": 0.20, "repeat": 0.20, "word": 0.15, "cut": 0.45}
 
 
 class Pair(NamedTuple):
