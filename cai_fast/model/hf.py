@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,22 +113,30 @@ def save(
     config = model.config.to_hf(model.head) | {"dtype": str(dtype or model.dtype).removeprefix("torch.")}
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        _write_folder(partial, model, state, tokenizer, config | (extra_config or {}))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk should get the failed attempt's bytes back
+    _sync(path.parent)
+
+
+def _write_folder(folder: Path, model: Model, state: dict[str, Tensor], tokenizer: Any, config: dict[str, Any]) -> None:
+    """Everything that belongs into the checkpoint `folder`, forced to the disk."""
+    folder.mkdir(parents=True)
     if model.source is not None and model.source.is_dir():
         patterns = (*_LICENCES, "generation_config.json") if model.head == "lm" else _LICENCES
         for file in sorted({f for pattern in patterns for f in model.source.glob(pattern) if f.is_file()}):
-            shutil.copyfile(file, partial / file.name)
+            shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
-        tokenizer.save(partial)
-    _write_json(partial / "config.json", config | (extra_config or {}))
-    _write_shards(partial, state)
-    for file in partial.rglob("*"):
+        tokenizer.save(folder)
+    _write_json(folder / "config.json", config)
+    _write_shards(folder, state)
+    for file in folder.rglob("*"):
         if file.is_file():
             _sync(file)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(partial, path)
-    _sync(path.parent)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -200,15 +209,25 @@ def _write_shards(folder: Path, state: dict[str, Tensor]) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        _write_shard(shards[0], folder / SINGLE)
         return
     table = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _write_shard(shard, folder / file)
         table |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in state.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))  # the library hides the system's error in its own
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _read_json(path: Path) -> Any:
