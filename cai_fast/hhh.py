@@ -25,7 +25,7 @@ def evaluate(ctx: Context, questions: Sequence[Question], pm: Model, renderer: R
     return result
 
 
-def _interval(ctx: Context, right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
+def _interval(ctx: Context, right: Sequence[float], questions: Sequence[Question]) -> dict[str, Any]:
     cfg = ctx.config
     return measure.interval(right, [_cluster(q) for q in questions], cfg.evaluate.bootstrap, cfg.seed)
 

@@ -5,6 +5,7 @@ Everything is keyed and journaled like the other stages' work, so an interrupted
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,11 +137,11 @@ def verdicts(
     return result
 
 
-def interval(values: Sequence[float], clusters: Sequence[str], samples: int, seed: int) -> dict[str, float]:
-    """Mean with a 95 % interval by bootstrap over clusters (prompts), as {mean, lo, hi, n}."""
+def interval(values: Sequence[float], clusters: Sequence[str], samples: int, seed: int) -> dict[str, Any]:
+    """Mean with a 95 % interval by bootstrap over clusters (prompts), as {mean, lo, hi, n}; without values all None."""
     x = np.asarray(values, dtype=np.float64)
     if len(x) == 0:
-        return {"mean": float("nan"), "lo": float("nan"), "hi": float("nan"), "n": 0}
+        return {"mean": None, "lo": None, "hi": None, "n": 0}
     index = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sums, counts = np.bincount(index, weights=x), np.bincount(index)
     draw = np.random.default_rng(seed).integers(0, len(counts), size=(samples, len(counts)))

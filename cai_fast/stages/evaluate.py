@@ -47,7 +47,7 @@ def run(ctx: Context) -> None:
         questions = readers.read_hhh(ctx.config.evaluate.hhh)
         result["hhh"] = hhh.evaluate(ctx, questions, evaluation.pm_eval, evaluation.renderer)
     if ctx.dist.is_main:
-        write_atomic(ctx.run.path("evaluation.json"), json.dumps(result, indent=1).encode())
+        write_atomic(ctx.run.path("evaluation.json"), json.dumps(result, indent=1, allow_nan=False).encode())
         rows = [
             {"prompt_id": a.prompt.id, "policy": policy, "response": a.text}
             for policy, groups in evaluation.answers.items() for answers in groups.values() for a in answers
@@ -99,13 +99,13 @@ class Evaluation:
         self._verdicts: list[Verdict] | None = None
 
     def table(self, columns: dict[str, Sequence[float]], prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Every column's mean with its interval."""
+        """Every column's mean with its interval; a column without values (all chains rejected) is left out."""
         cfg = self.ctx.config
         clusters = [p.id for p in prompts]
         return {
             name: measure.interval(values, clusters, cfg.evaluate.bootstrap, cfg.seed)
-            for name, values in columns.items()
-        }
+            for name, values in columns.items() if values
+        }  # fmt: skip
 
     def text_metrics(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
         """Refusal, repetition, and in the toy world the truth, of each text."""
@@ -251,12 +251,10 @@ class Evaluation:
                 for a, s, t in zip(self.answers[first][group], self.pm_scores[first][group],
                                    self.pm_scores[second][group], strict=True)
             ]  # fmt: skip
-        cfg = self.ctx.config
-        return {
-            name: dict(zip(POLICIES, elo.ratings(rows, len(POLICIES), index["sl_cai"], cfg.evaluate.bootstrap, cfg.seed),
-                           strict=True))
-            for name, rows in games.items() if rows
-        }  # fmt: skip
+        seed, samples = self.ctx.config.seed, self.ctx.config.evaluate.bootstrap
+        zero = index["sl_cai"]
+        fits = {name: elo.ratings(rows, len(index), zero, samples, seed) for name, rows in games.items() if rows}
+        return {name: dict(zip(POLICIES, fit, strict=True)) for name, fit in fits.items()}
 
 
 def _sigmoid(x: float) -> float:
