@@ -174,10 +174,13 @@ def stage_settings(cfg: Config, stage: str) -> dict[str, Any]:
     return settings
 
 
-def unread(cfg: Config, stages: Iterable[str]) -> list[str]:
-    """Keys given on the command line that the stages that ran (`stages`) should have read, and did not."""
+def unread(cfg: Config, stages: Iterable[str], skipped: Iterable[str] = ()) -> list[str]:
+    """Keys given on the command line that the stages that ran (`stages`) should have read, and did not.
+
+    Keys that a stage in `skipped` uses are left out: it may have read them when it ran, in an earlier process.
+    """
     ran = set(stages)
-    shared = {name for stage in ran for name in _USES[stage]}
+    shared = {name for stage in ran for name in _USES[stage]} - {name for stage in skipped for name in _USES[stage]}
     missed = []
     for key in sorted(cfg.explicit):
         section, dot, name = key.partition(".")
@@ -351,6 +354,11 @@ def _check_together(cfg: Config) -> None:
         raise InputError(
             "data.preferences is empty: a preference model without helpfulness comparisons teaches refusals. "
             "Give --data.preferences FILE, or --pm.harmless_only true to do it all the same."
+        )
+    if "pm" in cfg.stages and data["preferences"] == "toy" != model["base"]:
+        raise InputError(
+            f"data.preferences is the toy world's, but model.base is {model['base']!r}: give --data.preferences FILE "
+            "(a preference model without helpfulness comparisons teaches refusals)."
         )
     revisions, rounds = settings["sft"]["revisions"], settings["revise"]["rounds"]
     if isinstance(revisions, tuple) and (not revisions or max(revisions) > rounds):

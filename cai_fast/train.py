@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         else:
             _work(command)
     except InputError as error:
-        _say(f"error: {error}", sys.stderr)
+        _say(f"error: {' '.join(str(error).splitlines())}", sys.stderr)  # libraries' messages may have several lines
         return BAD_INPUT
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -86,7 +86,7 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
         ctx = pipeline.open_context(cfg, run, log, dist)
         ran = [name for name in cfg.stages if _stage(ctx, name)]
         _say("\n".join(pipeline.summary_lines(run)))
-    unread = config.unread(cfg, ran)
+    unread = config.unread(cfg, ran, skipped=set(cfg.stages) - set(ran))
     if unread:
         raise InputError(f"These settings had no effect: {', '.join(unread)}. All stages are done; leave them out.")
 
