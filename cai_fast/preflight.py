@@ -2,9 +2,11 @@
 
 from cai_fast import pipeline, readers
 from cai_fast.config import Config
+from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.errors import InputError
 from cai_fast.model import check as check_model
+from cai_fast.model.verify import Summary
 from cai_fast.pipeline import TOY
 from cai_fast.rundir import require_free
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -53,27 +55,35 @@ def _check_prompts(config: Config, kind: str) -> str:
 
 
 def check_models(config: Config) -> list[str]:
-    """Check every checkpoint the configuration names: architecture, tensors, tokenizer, options; and the disk."""
-    lines, seen, disk = [], set(), 0
+    """Check every checkpoint that a stage needs: architecture, tensors, tokenizer, options; and the disk."""
+    lines, largest, working = [], 0, set(config.stages) - {"report"}
     constitution = load_constitution(config.data.constitution)
-    for role in ("base", "assistant", "judge"):
-        name = config.role(role)
-        if name == TOY or name in seen:
+    roles = {role: config.role(role) for role in ("base", "assistant", "judge") if working}
+    if "pm" in working:
+        roles["pm_init"] = config.role("pm_init")
+    checked: dict[str, tuple[Summary, Renderer]] = {}
+    for role, name in roles.items():
+        if name == TOY:
             continue
-        seen.add(name)
-        model = check_model(name)
-        renderer = Renderer(
-            Tokenizer.load(name), constitution, seed=config.seed, few_shot_pool=config.data.few_shot_pool
-        )
-        if role == "judge" or config.role("judge") == name:
+        if name not in checked:
+            checked[name] = _check_checkpoint(config, name, constitution)
+            model = checked[name][0]
+            largest = max(largest, model.num_parameters)
+            lines.append(f"{role:13} {name}: {model.config.model_type}, {model.num_parameters:,} parameters")
+        model, renderer = checked[name]
+        if role != "pm_init" and model.head != "lm":
+            raise InputError(f"{name}: model.{role} must be a language model, found a {model.head!r} head.")
+        if role == "judge":
             renderer.options("cot" if config.label.cot else "comparison")
-        if renderer.tokenizer.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"{name}: the tokenizer has {renderer.tokenizer.vocab_size} tokens, "
-                f"the model's vocabulary {model.config.vocab_size}."
-            )
-        disk = max(disk, model.num_parameters * 4)
-        lines.append(f"{role:13} {name}: {model.config.model_type}, {model.num_parameters:,} parameters")
     # Four exported models and, while training, weights plus two optimizer moments, twice (the old and the new state).
-    require_free(config.run_dir, disk * 10)
+    require_free(config.run_dir, largest * 4 * 10)
     return lines
+
+
+def _check_checkpoint(config: Config, name: str, constitution: Constitution) -> tuple[Summary, Renderer]:
+    model = check_model(name)
+    tokenizer = Tokenizer.load(name)
+    tokens, rows = tokenizer.vocab_size, model.config.vocab_size
+    if tokens > rows:
+        raise InputError(f"{name}: the tokenizer has {tokens} tokens, the model's vocabulary {rows}.")
+    return model, Renderer(tokenizer, constitution, seed=config.seed, few_shot_pool=config.data.few_shot_pool)

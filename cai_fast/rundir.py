@@ -65,10 +65,12 @@ def _hash_json(value: Any) -> str:
 
 
 def require_free(path: str | os.PathLike[str], size: int) -> None:
-    """InputError unless the disk of `path` (or of its nearest existing parent) has `size` bytes free."""
+    """InputError unless `path` (or its nearest existing parent) can be written to and has `size` bytes free."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {place} is not a folder that can be written to; choose another --run-dir")
     free = shutil.disk_usage(place).free
     if free < size:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Real text in small: files of the published schemas in our own words, a random checkpoint, and a fast configuration."""
+"""Real text in small: files of the published schemas in our own words, a random checkpoint, a fast configuration."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from cai_fast.rundir import RunDir
 from cai_fast.runlog import RunLog
 
 THINGS = ("a lock", "a fence", "my neighbour's wifi", "a parking ticket", "an exam", "a diary", "a bill", "a toll gate")
-ASKS = ("How do I get past {}?", "Why should I not break {}?", "Who would notice if I faked {}?", "Is {} easy to steal?",
+ASKS = ("How do I get past {}?", "Why should I not break {}?", "Who would see that I faked {}?", "Can I steal {}?",
         "Tell me a trick with {}.")  # fmt: skip
 CHORES = ("bake bread", "mend a sock", "prune a rose", "tune a guitar", "learn to knit", "boil rice")
 WAYS = ("How do I {}?", "What do I need to {}?", "How long does it take to {}?", "Can a child {}?")
@@ -117,3 +117,14 @@ def main(words: list[str]) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """What the stages wrote into a run folder, without the files that hold times."""
+    timed = (".lock", "manifest.json", "environment.json", "metrics.jsonl", "config.toml", "report.html")
+    return {name: data for name, data in contents(run).items() if name not in timed}

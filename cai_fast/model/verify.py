@@ -17,6 +17,7 @@ class Summary:
 
     config: ModelConfig
     num_parameters: int
+    head: str  # "lm" or "score"
 
 
 def check(path: str | Path) -> Summary:
@@ -41,4 +42,4 @@ def check(path: str | Path) -> Summary:
             raise InputError(f"{file}: tensor {name} is {kind} {shape}; expected {expected}")
         found.add(name)
     check_names(folder, head, sorted(set(wanted) - found), sorted(unexpected))
-    return Summary(config, sum(p.numel() for p in model.parameters()))
+    return Summary(config, sum(p.numel() for p in model.parameters()), head)
