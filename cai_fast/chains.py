@@ -93,21 +93,23 @@ class Reviser:
         critiques = [""] * len(chains)
         if ctx.config.revise.critique:
             critiques = self._critiques(chains, principles, shots, number)
-        rendered = []
         for c, p, critique, shot in zip(chains, principles, critiques, shots, strict=True):
+            c.few_shot.append(shot)
+            c.rounds.append({"principle": p.id, "critique": critique, "revision": ""})
+        steps = [step for step in zip(chains, principles, critiques, shots, strict=True) if not step[0].reject_reason]
+        rendered = []
+        for c, p, critique, shot in steps:
             turns, current = c.prompt.turns, c.responses[-1]
             if ctx.config.revise.critique:
                 rendered.append(renderer.revision(turns, current, p, critique, shot))
             else:
                 rendered.append(renderer.direct_revision(turns, current, p, shot))
-        keys = [ctx.key("revise/revision", c.prompt.id, number) for c in chains]
+        keys = [ctx.key("revise/revision", c.prompt.id, number) for c, *_ in steps]
         done = self.prefixes.generate(rendered, self.specs["revision"], keys)
-        for c, p, critique, shot, completion in zip(chains, principles, critiques, shots, done, strict=True):
+        for (c, *_), completion in zip(steps, done, strict=True):
             finished, reason = self._finish(completion, "revision")
-            c.few_shot.append(shot)
-            c.rounds.append({"principle": p.id, "critique": critique, "revision": finished.text})
-            if c.reject_reason is None:
-                c.add(finished, reason, f"revision {number + 1}")
+            c.rounds[-1]["revision"] = finished.text
+            c.add(finished, reason, f"revision {number + 1}")
 
     def _critiques(self, chains: list[Chain], principles: list[Principle], shots: list[int], number: int) -> list[str]:
         rendered = [

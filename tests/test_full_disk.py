@@ -35,11 +35,12 @@ def torn_append(journal: records.Journal, row: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("count", [0, 7, 25])
+@pytest.mark.parametrize("count", [7, 25, 50, 80])  # in revise twice, compare, label
 def test_a_disk_that_fills_in_a_journal(
     count: int, inputs: Path, whole: dict[str, bytes], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = textworld.arguments(inputs, tmp_path / "run", stages=STAGES, revise__chunk=3)
+    chunks = {"revise.chunk": 3, "compare.chunk": 5, "label.chunk": 4}
+    words = textworld.arguments(inputs, tmp_path / "run", stages=STAGES, **chunks)
     real, written = records.Journal.append, []
 
     def append(journal: records.Journal, row: Any) -> None:
