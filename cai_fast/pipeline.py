@@ -3,6 +3,8 @@
 Stages exchange files of the run folder and never import each other; everything two of them need is here.
 """
 
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
-from cai_fast.engine import Completion, Engine, Sampling
+from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
@@ -39,6 +41,7 @@ class Context:
     log: RunLog
     dist: Distributed
     constitution: Constitution
+    engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)
     _hashes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -93,17 +96,47 @@ class Context:
         """A generation engine for sequences of up to `max_len` tokens (prompt and response)."""
         settings = self.config.engine
         limit = self.config.model.max_len or model.config.max_position_embeddings
+        needed = settings.max_len or max_len
+        if needed > limit:
+            raise InputError(
+                f"{renderer.tokenizer.source_path}: sequences of up to {needed} tokens are needed (prompt, few-shot "
+                f"examples, answers), the model has {limit} positions. Lower data.max_prompt_tokens or the stage's "
+                "max_new_tokens, switch few_shot off, or set engine.max_len."
+            )
         deterministic = settings.deterministic
         if deterministic == "auto":
             deterministic = self.device.type == "cpu"
-        return Engine(
+        engine = Engine(
             model,
             max_batch=settings.max_batch,
-            max_len=min(settings.max_len or max_len, limit),
+            max_len=needed,
             deterministic=deterministic,
             prefill_tokens=settings.prefill_tokens,
             tokenizer=renderer.tokenizer,
         )
+        self.engines.add(engine)
+        return engine
+
+    def log_work(self, stage: str, step: int, seconds: float) -> None:
+        """Collective: work counters of the engines used since the last call (design.md §5), over all ranks."""
+        counts = dict.fromkeys(COUNTERS, 0.0)
+        for engine in self.engines:
+            for name in COUNTERS:
+                counts[name] += engine.counters[name]
+                engine.counters[name] = 0
+        counts = self.dist.all_reduce_sum(counts | {"seconds": seconds})
+        if not counts["trunk_tokens"]:
+            return
+        generated = max(1.0, counts["generated_tokens"])
+        minimum = counts["prefill_tokens"] + counts["generated_tokens"]
+        self.log.metrics(stage, step, {
+            "perf/tokens_per_s": minimum * self.dist.world / counts["seconds"],
+            "perf/trunk_over_minimum": counts["trunk_tokens"] / minimum,
+            "perf/padding_tokens": counts["padding_tokens"],
+            "perf/head_rows_per_token": counts["head_rows"] / generated,
+            "perf/kv_bytes_per_token": counts["kv_bytes"] / generated,
+            "perf/host_syncs_per_token": counts["host_syncs"] / generated,
+        })  # fmt: skip
 
     def inputs(self, stage: str, *, files: Sequence[str] = (), roles: Sequence[str] = ()) -> dict[str, Any]:
         """Fingerprint of all that `stage` depends on: settings, constitution, models, files of earlier stages."""
@@ -233,6 +266,7 @@ def journaled(
     done = _journal_rows(ctx, stage)
     pending = [item for item in ids if item not in done]
     chunks = [pending[start : start + chunk] for start in range(0, len(pending), chunk)]
+    began = time.monotonic()
     ctx.dist.barrier()  # nobody appends before everybody has read
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
@@ -250,6 +284,7 @@ def journaled(
     if ctx.dist.stop_agreed():
         raise Stopped
     ctx.dist.barrier()
+    ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)
     rows = _journal_rows(ctx, stage)
     return {item: rows[item] for item in ids}
 

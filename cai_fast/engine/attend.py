@@ -31,8 +31,9 @@ def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 class _Group:
     """Sequences alike in context length and padded length: one SDPA call a layer."""
 
-    def __init__(self, before: int, size: int, members: list[tuple[int, int, list[Tensor]]],
-                 device: torch.device) -> None:
+    def __init__(
+        self, before: int, size: int, members: list[tuple[int, int, list[Tensor]]], device: torch.device
+    ) -> None:
         self.before, self.front, self.size = before, before % BLOCK, size
         self.count, self.keys = len(members), before - self.front + size
         source = [torch.arange(start, start + n) for start, n, _ in members]
@@ -76,8 +77,15 @@ class ContextAttend:
     `store(layer, k, v)` receives the new keys and values [T, Hkv, D] of each layer.
     """
 
-    def __init__(self, config: ModelConfig, lens: Sequence[int], contexts: Sequence[list[Tensor]], *,
-                 store: Store | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        lens: Sequence[int],
+        contexts: Sequence[list[Tensor]],
+        *,
+        store: Store | None,
+        device: torch.device,
+    ) -> None:
         self.config, self.store, self.rows = config, store, sum(lens)
         groups: dict[tuple[int, int], list[tuple[int, int, list[Tensor]]]] = {}
         row = 0
@@ -99,8 +107,14 @@ class ContextAttend:
             queries.index_copy_(0, group.query_place, q[group.source])
             queries = queries.unflatten(0, (group.count, group.size)).transpose(1, 2)
             mask = group.mask(window, q.device)
-            out = F.scaled_dot_product_attention(queries, group.fill(layer, 0, k), group.fill(layer, 1, v), mask,
-                                                 is_causal=mask is None, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                queries,
+                group.fill(layer, 0, k),
+                group.fill(layer, 1, v),
+                mask,
+                is_causal=mask is None,
+                enable_gqa=grouped,
+            )
             out = out.transpose(1, 2).flatten(0, 1)
             result.index_copy_(0, group.source, out.index_select(0, group.query_place))
         return result
@@ -137,6 +151,7 @@ class DecodeAttend:
         n = self.rows
         self.cache.write(layer, self.index, k[:n], v[:n])
         keys, values = self.cache.kv[layer, :, :n, :, : self.width]
-        out = F.scaled_dot_product_attention(q[:n, :, None], keys, values, self.masks[self.config.window(layer)],
-                                             enable_gqa=q.shape[1] != k.shape[1]).squeeze(2)
+        out = F.scaled_dot_product_attention(
+            q[:n, :, None], keys, values, self.masks[self.config.window(layer)], enable_gqa=q.shape[1] != k.shape[1]
+        ).squeeze(2)
         return out if q.shape[0] == n else F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - n))

@@ -20,6 +20,7 @@ class SlotCache:
         self.kv_heads, self.positions = kv_heads, round_up(max_len, WIDTH_STEP)
         # Zeroed: a masked position has weight zero, and zero times an uninitialised NaN would be NaN.
         self.kv = like.new_zeros(layers, 2, slots, kv_heads, self.positions, head_dim)
+        self.bytes_per_token = self.kv[:, :, 0, :, 0].nbytes
         self._flat = [[self.kv[layer, i].view(-1, head_dim) for i in (0, 1)] for layer in range(layers)]
         self._heads = torch.arange(kv_heads, device=like.device) * self.positions
 

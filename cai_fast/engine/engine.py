@@ -43,12 +43,22 @@ class Engine:
     up work since the engine was made.
     """
 
-    def __init__(self, model: Model, *, max_len: int, max_batch: int = 64, deterministic: bool = True,
-                 prefill_tokens: int = 8192, tokenizer: Decodes | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_len: int,
+        max_batch: int = 64,
+        deterministic: bool = True,
+        prefill_tokens: int = 8192,
+        tokenizer: Decodes | None = None,
+    ) -> None:
         limit = model.config.max_position_embeddings
         if max_batch < 1 or prefill_tokens < 1 or not 1 <= max_len <= limit:
-            raise InputError(f"engine: max_batch {max_batch} and prefill_tokens {prefill_tokens} must be >= 1, and "
-                             f"max_len {max_len} between 1 and the model's {limit} positions")
+            raise InputError(
+                f"engine: max_batch {max_batch} and prefill_tokens {prefill_tokens} must be >= 1, and "
+                f"max_len {max_len} between 1 and the model's {limit} positions"
+            )
         config, weight = model.config, model.lm_head_weight.detach()
         self.model, self.max_batch, self.max_len, self.prefill_tokens = model, max_batch, max_len, prefill_tokens
         self._trunk = Trunk(model, deterministic)
@@ -60,7 +70,7 @@ class Engine:
 
     @property
     def counters(self) -> dict[str, int]:
-        """trunk_tokens, padding_tokens, prefill_tokens, generated_tokens, head_rows."""
+        """trunk_tokens, padding_tokens, prefill_tokens, generated_tokens, head_rows, kv_bytes read, host_syncs."""
         return self._trunk.counters
 
     def invalidate(self) -> None:
@@ -86,27 +96,47 @@ class Engine:
         return Prefix(tuple(token_ids), kvs[0], hidden[-1].clone(), self._version())
 
     @torch.no_grad()
-    def score(self, items: Sequence[Tree | Sequence[int]], option_ids: Tensor | Sequence[Sequence[int]], *,
-              prefix: Prefix | None = None, return_mass: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def score(
+        self,
+        items: Sequence[Tree | Sequence[int]],
+        option_ids: Tensor | Sequence[Sequence[int]],
+        *,
+        prefix: Prefix | None = None,
+        return_mass: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities [B, K], normalised over K options, of the first token after each prompt or tree leaf.
 
         items: prompts (token ids) or trees, whose leaves count in depth-first order; option_ids [K, G]: the token
         variants of an option, -1 = absent. With return_mass also [B]: the options' share of the full vocabulary.
         """
         self._check_prefixes([prefix])
-        return scoring.score(self._trunk, items, torch.as_tensor(option_ids), prefix, max_len=self.max_len,
-                             max_tokens=self.prefill_tokens, return_mass=return_mass)
+        return scoring.score(
+            self._trunk,
+            items,
+            torch.as_tensor(option_ids),
+            prefix,
+            max_len=self.max_len,
+            max_tokens=self.prefill_tokens,
+            return_mass=return_mass,
+        )
 
     @torch.no_grad()
-    def logprobs(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *,
-                 temperature: float = 1.0) -> list[list[float]]:
+    def logprobs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[list[float]]:
         """Log-probability of every response token after its prompt, by the trainer's packed forward and head."""
         return scoring.logprobs(self._trunk, prompts, responses, temperature, max_tokens=self.prefill_tokens)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling], *,
-                 keys: Sequence[int] | None = None, prefix: Prefix | Sequence[Prefix | None] | None = None,
-                 progress: Progress | None = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling | Sequence[Sampling],
+        *,
+        keys: Sequence[int] | None = None,
+        prefix: Prefix | Sequence[Prefix | None] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
         """One completion a prompt, in the order of the prompts; a prompt is `prefix.token_ids + prompt`.
 
         keys (63-bit; default: the prompt's index) and the token's index in the response decide all randomness.
@@ -134,12 +164,18 @@ class Engine:
                     flagged = self._admit(rows, [queue.pop() for _ in range(min(free, len(queue)))])
                 else:
                     flagged = self._decode(rows)
+                self.counters["host_syncs"] += 1  # the flags of this step
                 if flagged:
                     finish(rows.leave(rows.finished(flagged)))
         return [done[i] for i in range(len(prompts))]
 
-    def _requests(self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling],
-                  keys: Sequence[int] | None, prefix: Prefix | Sequence[Prefix | None] | None) -> list[_Request]:
+    def _requests(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling | Sequence[Sampling],
+        keys: Sequence[int] | None,
+        prefix: Prefix | Sequence[Prefix | None] | None,
+    ) -> list[_Request]:
         """Check the arguments of `generate` and put them together."""
         count = len(prompts)
         samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
@@ -154,17 +190,23 @@ class Engine:
             if r.length == 0:
                 raise InputError(f"engine: prompt {r.index} is empty; a prompt needs at least one token")
             if r.total > self.max_len:
-                raise InputError(f"engine: prompt {r.index} has {r.length} tokens; with max_new_tokens "
-                                 f"{r.sampling.max_new_tokens} that exceeds max_len {self.max_len}. Shorten the "
-                                 "prompt, lower max_new_tokens or raise engine.max_len")
+                raise InputError(
+                    f"engine: prompt {r.index} has {r.length} tokens; with max_new_tokens "
+                    f"{r.sampling.max_new_tokens} that exceeds max_len {self.max_len}. Shorten the "
+                    "prompt, lower max_new_tokens or raise engine.max_len"
+                )
             if r.sampling.stop_strings and self._stops is None:
                 raise InputError("engine: stop strings need a tokenizer; pass tokenizer= to Engine")
         return requests
 
     def _admit(self, rows: Rows, requests: list[_Request]) -> list[tuple[int, int]]:
         """Prefill requests into free slots and sample their first tokens; equal prompts are computed once."""
-        at = rows.join([r.index for r in requests], [r.sampling for r in requests], [r.length for r in requests],
-                       [r.key for r in requests])
+        at = rows.join(
+            [r.index for r in requests],
+            [r.sampling for r in requests],
+            [r.length for r in requests],
+            [r.key for r in requests],
+        )
         first: dict[tuple[int, tuple[int, ...]], int] = {}
         twins = [first.setdefault((id(r.prefix), tuple(r.prompt)), n) for n, r in enumerate(requests)]
         unique = list(first.values())
@@ -187,8 +229,9 @@ class Engine:
             return torch.stack([prefix.last_hidden for prefix in prefixes])
         trunk = self._trunk
         where = trunk.tensor([slot for slot, prompt in zip(slots, prompts, strict=True) for _ in prompt])
-        index = self._cache.index(where, trunk.tensor(
-            [position for r in requests for position in range(r.length - len(r.prompt), r.length)]))
+        index = self._cache.index(
+            where, trunk.tensor([position for r in requests for position in range(r.length - len(r.prompt), r.length)])
+        )
         contexts = [[] if prefix is None else [prefix.kv] for prefix in prefixes]
         hidden = trunk.packed(prompts, contexts, lambda layer, k, v: self._cache.write(layer, index, k, v))
         self.counters["prefill_tokens"] += hidden.shape[0]

@@ -68,8 +68,17 @@ class Rows:
         # All noise of a response is made when it joins: philox once a request, not once a token.
         self.uniform = zeros(slots, self.most, dtype=torch.float64)
         self.out_token, self.out_logprob = zeros(slots, self.most), zeros(slots, self.most, dtype=torch.float32)
-        self._state = [self.token, self.position, self.count, self.limit, self.group, self.stop_ids, self.uniform,
-                       self.out_token, self.out_logprob]
+        self._state = [
+            self.token,
+            self.position,
+            self.count,
+            self.limit,
+            self.group,
+            self.stop_ids,
+            self.uniform,
+            self.out_token,
+            self.out_logprob,
+        ]
         self._mixed = len({_law(s) for s in samplings}) > 1
         self._laws: tuple[slice, list[tuple[_Law, Tensor]]] | None = None  # rows of each law, until rows come or go
 
@@ -125,8 +134,9 @@ class Rows:
     def _sample(self, at: slice, logits: Tensor, count: Tensor, uniform: Tensor) -> Tensor:
         """Draw the rows' next tokens into `token`; returns their log-probs."""
         if not self._mixed:
-            drawn, logprob = kernels.sample_tokens(logits, count, count, uniform=uniform,
-                                                   **_law(self.active[at.start].sampling)._asdict())
+            drawn, logprob = kernels.sample_tokens(
+                logits, count, count, uniform=uniform, **_law(self.active[at.start].sampling)._asdict()
+            )
             self.token[at] = drawn
             return logprob
         # One call for each law: how a row is drawn must not depend on what else is in the batch, not even by rounding.

@@ -91,15 +91,25 @@ def _level(trunk: Trunk, nodes: list[_Node], last: list[Tensor]) -> None:
             last[node.leaf] = row
 
 
-def score(trunk: Trunk, items: Sequence[Tree | Sequence[int]], option_ids: Tensor, prefix: Prefix | None, *,
-          max_len: int, max_tokens: int, return_mass: bool) -> Tensor | tuple[Tensor, Tensor]:
+def score(
+    trunk: Trunk,
+    items: Sequence[Tree | Sequence[int]],
+    option_ids: Tensor,
+    prefix: Prefix | None,
+    *,
+    max_len: int,
+    max_tokens: int,
+    return_mass: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `Engine.score`. Trees are computed level by level: a shared token is computed once."""
     trees = [item if isinstance(item, Tree) else Tree(list(item)) for item in items]
     before = 0 if prefix is None else len(prefix)
     for i, tree in enumerate(trees):
         if before + _longest(tree) > max_len:
-            raise InputError(f"engine: prompt {i} to score has {before + _longest(tree)} tokens, more than max_len "
-                             f"{max_len}. Shorten it or raise engine.max_len")
+            raise InputError(
+                f"engine: prompt {i} to score has {before + _longest(tree)} tokens, more than max_len "
+                f"{max_len}. Shorten it or raise engine.max_len"
+            )
     root = [] if prefix is None else [prefix.kv]
     last: list[Tensor] = []
     for group in bins([_size(tree) for tree in trees], max_tokens):
@@ -123,8 +133,14 @@ def _mass(hidden: Tensor, weight: Tensor, option_ids: Tensor) -> Tensor:
     return torch.exp(torch.logsumexp(hidden.float() @ weight[ids].float().T, 1) - lse)
 
 
-def logprobs(trunk: Trunk, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], temperature: float, *,
-             max_tokens: int) -> list[list[float]]:
+def logprobs(
+    trunk: Trunk,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    temperature: float,
+    *,
+    max_tokens: int,
+) -> list[list[float]]:
     """See `Engine.logprobs`: the trainer's own packed attention and head."""
     if len(prompts) != len(responses):
         raise InputError(f"engine: {len(responses)} responses for {len(prompts)} prompts")

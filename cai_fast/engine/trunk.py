@@ -14,7 +14,15 @@ from cai_fast.model.attention import packed_causal
 
 # As in model.decoder.Linear: MKL splits longer sums between threads, in a way that depends on the number of rows.
 WIDE = 512
-COUNTERS = ("trunk_tokens", "padding_tokens", "prefill_tokens", "generated_tokens", "head_rows")
+COUNTERS = (
+    "trunk_tokens",
+    "padding_tokens",
+    "prefill_tokens",
+    "generated_tokens",
+    "head_rows",
+    "kv_bytes",
+    "host_syncs",
+)
 
 
 class Trunk:
@@ -32,8 +40,9 @@ class Trunk:
         """int64 tensor on the model's device."""
         return torch.tensor(values, dtype=torch.int64).to(self.device)
 
-    def packed(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]],
-               store: Store | None = None) -> Tensor:
+    def packed(
+        self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]], store: Store | None = None
+    ) -> Tensor:
         """Hidden states [T, H] of packed sequences, each after its chain of cached keys and values."""
         lens = [len(tokens) for tokens in token_ids]
         total = sum(lens)
@@ -55,16 +64,16 @@ class Trunk:
         self.counters["padding_tokens"] += padding
         return hidden[:total]
 
-    def collect(self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]]
-                ) -> tuple[Tensor, list[Tensor]]:
+    def collect(
+        self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]]
+    ) -> tuple[Tensor, list[Tensor]]:
         """As `packed`, with each sequence's keys and values `(layers, 2, Hkv, n, D)`."""
         kept: list[Tensor] = []
         hidden = self.packed(token_ids, contexts, lambda layer, k, v: kept.append(torch.stack((k, v))))
         kv = torch.stack(kept).transpose(2, 3)
         return hidden, list(kv.split([len(tokens) for tokens in token_ids], dim=3))
 
-    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, count: int, width: int, cu: Tensor
-               ) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, count: int, width: int, cu: Tensor) -> Tensor:
         """Logits [count, V] after one more token of rows 0..count-1; the buffers have room for padding rows."""
         rows = self.rows(count)
         attend = DecodeAttend(self.model.config, cache, positions[:count], width)
@@ -72,6 +81,7 @@ class Trunk:
         self.counters["trunk_tokens"] += count
         self.counters["padding_tokens"] += rows - count
         self.counters["head_rows"] += count
+        self.counters["kv_bytes"] += count * width * cache.bytes_per_token
         return self._head(hidden)[:count]
 
     def padded(self, hidden: Tensor) -> Tensor:
