@@ -21,6 +21,8 @@ from cai_fast.errors import InputError
 
 TIMEOUT = timedelta(hours=1)  # longer than any work that only rank 0 does (hashing or saving a checkpoint)
 GRAD_BUCKET = 64 * 2**20  # elements
+# Dense bf16 operations per second, from the data sheets.
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "GH200": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14}
 
 _signals: dict[str, int] = {}  # the last stop signal received by this process; written by the handler only
 
@@ -158,6 +160,13 @@ def init(device: str = "auto") -> Distributed:
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return Distributed(rank=rank, world=world, device=place, store=store)
+
+
+def training_mfu(parameters: int, tokens_per_s: float, dist: Distributed) -> dict[str, float]:
+    """{"perf/mfu": share of the GPUs' dense bf16 peak that 6 operations per parameter and token are}; {} if unknown."""
+    name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return {} if peak is None else {"perf/mfu": 6.0 * parameters * tokens_per_s / (peak * dist.world)}
 
 
 def shutdown() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cai_fast import checkpoint, rng
 from cai_fast.batching import bins, split_even
 from cai_fast.checkpoint import TrainState
-from cai_fast.distributed import Distributed, Stopped
+from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
 from cai_fast.optim import Optimizer, clip_grad_norm, schedule
@@ -74,7 +74,7 @@ def fit(
     start = _restore(model, optimizer, state_dir)
     if start < len(plan):  # else later fits of this stage may have logged already
         log.truncate(stage, first_step + start)
-    means = Mean()
+    means, parameters = Mean(), sum(p.numel() for p in optimizer.params)
     with log.progress(len(plan), task.name, "step", initial=start) as bar:
         for step in range(start, len(plan)):
             epoch, batch = plan[step]
@@ -88,6 +88,7 @@ def fit(
             values |= {f"{task.name}/grad_norm": norm, f"{task.name}/lr": settings.lr * factor}
             tokens = sum(task.lengths[i] for i in batch)
             values["perf/tokens_per_s"] = tokens / (time.monotonic() - began)
+            values |= training_mfu(parameters, values["perf/tokens_per_s"], dist)
             log.metrics(stage, first_step + step, values)
             bar.update(1, loss=values[f"{task.name}/loss"])
             done, stop = step + 1, dist.stop_agreed()
