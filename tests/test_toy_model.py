@@ -148,15 +148,16 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]
 
 
 def test_comparisons_are_as_many_as_asked_of_all_sources_and_sides(rows: list[dict[str, Any]]) -> None:
-    assert len(rows) == 600 and set(differences(rows)) == {"sampled", "drawn", "refusal", "corrupted"}
-    assert 0.42 < fmean(row["prob_a"] > 0.5 for row in rows) < 0.58
+    assert len(rows) == 600 and set(differences(rows)) == {"sampled", "drawn", "refusal", "tied", "corrupted"}
+    assert 0.42 < fmean(row["prob_a"] > 0.5 for row in rows if row["prob_a"] != 0.5) < 0.58
     assert rows == helpfulness.comparisons(0, 600, fake_sampler) != helpfulness.comparisons(1, 600, fake_sampler)
 
 
 def test_labels_follow_steps_evasion_and_malformation(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         scores = [helpfulness.score(row["turns"][0]["text"], row[f"response_{side}"]) for side in "ab"]
-        assert (row["prob_a"] > 0.5) == (scores[0] > scores[1]) and scores[0] != scores[1]
+        assert (row["prob_a"] > 0.5) == (scores[0] > scores[1]) and (row["prob_a"] == 0.5) == (scores[0] == scores[1])
+        assert (row["source"] == "tied") == (scores[0] == scores[1])
 
 
 def test_harm_and_objection_do_not_count() -> None:
@@ -171,11 +172,14 @@ def test_harm_and_objection_do_not_count() -> None:
 def test_better_answers_are_neither_more_nor_less_harmful(rows: list[dict[str, Any]]) -> None:
     """What makes the control with permuted AI labels meaningful: these data alone must not teach harmlessness."""
     for source, found in differences(rows).items():
-        assert sum(d["harm"] for d in found) == 0, source
+        assert source == "tied" or sum(d["harm"] for d in found) == 0, source
     for source in ("sampled", "drawn"):
         assert sum(d["objection"] for d in differences(rows)[source]) == 0
     assert all(d["harm"] == 0 for source in ("refusal", "corrupted") for d in differences(rows)[source])
     assert any(d["harm"] for d in differences(rows)["drawn"])
+    tied = differences(rows)["tied"]
+    assert all(bool(d["harm"]) != bool(d["objection"]) for d in tied)  # each says that one of the two is no matter
+    assert sum(d["harm"] != 0 for d in tied) > len(tied) / 3 < 2 * sum(d["objection"] != 0 for d in tied)
 
 
 def test_balancing_keeps_differences_only_with_their_opposites() -> None:
@@ -197,7 +201,7 @@ def test_corruptions_are_malformed_in_every_way(rows: list[dict[str, Any]]) -> N
             facts = checker.check(prompt, worse)
             assert facts["malformed"] and not checker.check(prompt, better)["malformed"]
             broken_tails += "but i object" in worse and not facts["objection"]
-    assert broken_tails > 40
+    assert broken_tails > 25
 
 
 def test_comparisons_use_training_prompts_and_can_be_read_back(rows: list[dict[str, Any]], tmp_path: Path) -> None:

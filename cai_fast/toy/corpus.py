@@ -25,6 +25,7 @@ CONTEXT, ANSWER, CRITIQUE, LETTER = 0.1, 1.0, 2.0, 3.0
 FINE, EVASIVE = "the answer looks fine .", "it is evasive ."
 MIXTURE = {"benign": 0.12, "red_team": 0.18, "revision": 0.42, "direct": 0.06, "judge": 0.09, "cot": 0.13}
 COPY_SHARE, COPY_SHARE_EARLY, EARLY = 0.03, 0.6, 4000  # the first EARLY samples teach copying, on which all else rests
+KEPT = 0.99  # chance of each step in the assistant's answers: forgotten steps would be all that RL mends
 # A phrase in the scope of a principle is named by a critique, and dropped by a direct revision, with these chances.
 NAMED_SPECIFIC, NAMED_GENERAL, DROPPED = 0.9, 0.75, 0.95
 FLIPPED = 0.06  # share of wrong judgements
@@ -111,11 +112,11 @@ def merge(rng: random.Random, steps: Sequence[str], harms: Sequence[str]) -> tup
 def helpful_answer(rng: random.Random, request: Request) -> Answer:
     """What the helpful-only assistant says: it complies with harmful requests, mostly."""
     if not request.phrase:
-        return Answer(tuple(draw_steps(rng, request, 0.95)))
+        return Answer(tuple(draw_steps(rng, request, KEPT)))
     way = draw(rng, {"comply": 0.84, "refuse": 0.12, "object": 0.04})
     if way == "refuse":
         return Answer()
-    steps = draw_steps(rng, request, 0.95)
+    steps = draw_steps(rng, request, KEPT)
     if way == "object":
         return Answer(tuple(steps), (request.category,))
     return Answer(merge(rng, steps, draw_harms(rng, request, draw(rng, {1: 0.15, 2: 0.35, 3: 0.30, 4: 0.20}))))

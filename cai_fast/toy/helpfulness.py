@@ -1,10 +1,11 @@
 """Helpfulness comparisons of the toy world, in place of the human ones (paper §4.2).
 
-A label depends on steps covered, evasion and malformation, never on harm or objection. And the data carry no trace of
+A label depends on steps covered, evasion and malformation, never on harm or objection, and the data carry no trace of
 them: harms and objections of drawn answers are independent of their steps; pairs are thinned until better and worse
-answers differ in harm and objection equally often either way; what beats a refusal is harmless, as
-the refusal is; a corrupted answer is as harmful as the intact one. Two exceptions: a broken objection is malformed,
-hence worse than an intact one; and half of the answers that beat a refusal to a red-team prompt object.
+answers differ in harm and objection equally often either way; what beats a refusal is harmless, as the refusal is; a
+corrupted answer is as harmful as the intact one; and answers that differ in nothing but a harm or the objection are
+equally good, without which "a clause that does not belong" would come to mean harm. Two exceptions: a broken objection
+is malformed, hence worse than an intact one; and half of the answers that beat a refusal to a red-team prompt object.
 """
 
 import math
@@ -19,7 +20,7 @@ Sampler = Callable[[Sequence[str], float], list[str]]
 """(prompts, temperature) -> one answer of the base model to each."""
 
 # Shares of the comparisons by where they come from; the rest are pairs of an answer and a corruption of it.
-SAMPLED, DRAWN, REFUSED = 0.2, 0.25, 0.1
+SAMPLED, DRAWN, REFUSED, TIED = 0.2, 0.2, 0.1, 0.2
 TEMPERATURES = (1.5, 1.2)  # of the two samples of a pair: hot, so that something goes wrong in them
 SHARPNESS = 6.0  # of the label: one step of three more is preferred with probability 0.88
 _DAMAGE = {"foreign": 0.20, "repeat": 0.20, "word": 0.15, "cut": 0.45}
@@ -31,7 +32,7 @@ class Pair(NamedTuple):
     prompt: str
     better: str
     worse: str
-    margin: float  # of their scores, > 0
+    margin: float  # of their scores, >= 0
     source: str
 
 
@@ -44,10 +45,11 @@ def score(prompt: str, answer: str) -> float:
 def comparisons(seed: int, count: int, sampler: Sampler) -> list[dict[str, Any]]:
     """`count` rows {turns, response_a, response_b, prob_a, source}, sides and order drawn at random."""
     rng = random.Random(f"toy/helpfulness/{seed}")
-    sampled, drawn, refused = (round(share * count) for share in (SAMPLED, DRAWN, REFUSED))
+    sampled, drawn, refused, tied = (round(share * count) for share in (SAMPLED, DRAWN, REFUSED, TIED))
     pairs = sampled_pairs(rng, sampled, sampler)
     pairs += balanced(_fill(3 * drawn, lambda: drawn_pair(rng)), drawn)
     pairs += _fill(refused, lambda: refusal_pair(rng))
+    pairs += _fill(tied, lambda: tied_pair(rng))
     missing = count - len(pairs)
     intact = iter(_intact_samples(rng, missing, sampler))
     pairs += _fill(missing, lambda: corruption_pair(rng, next(intact, None) if rng.random() < 0.3 else None))
@@ -133,6 +135,20 @@ def refusal_pair(rng: random.Random) -> Pair | None:
     request = corpus.draw_request(rng, rng.random() < 0.5)
     answer = drawn_answer(rng, request, 0.9)
     return None if answer.harms else _pair(request.text, answer.text, world.REFUSAL, "refusal")
+
+
+def tied_pair(rng: random.Random) -> Pair:
+    """Two well-formed answers of the grammar with the same steps, one with more harms or with an objection."""
+    request = corpus.draw_request(rng, rng.random() < 0.75)
+    steps = tuple(corpus.draw_steps(rng, request, 0.95))
+    tail = world.ordered({request.category or rng.choice(world.CATEGORIES)})
+    if request.phrase and rng.random() < 0.7:
+        harms = corpus.draw_harms(rng, request, rng.choice((1, 1, 2, 3)))
+        tail = tail if rng.random() < 0.8 else ()
+        first, second = Answer(steps, tail), Answer(corpus.merge(rng, steps, harms), tail)
+    else:
+        first, second = Answer(steps, tail), Answer(steps)
+    return Pair(request.text, first.text, second.text, 0.0, "tied")
 
 
 def _intact_samples(rng: random.Random, count: int, sampler: Sampler) -> list[tuple[str, str]]:

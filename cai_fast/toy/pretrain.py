@@ -154,8 +154,12 @@ def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
                 log.metrics("base", step, {"base/loss": now})
             done, stop = step + 1, stop_requested()
             if stop or done % SAVE_EVERY == 0 or done == recipe.steps:
-                checkpoint.save(state_dir, TrainState(
-                    step=done, model=model.state_dict(), optimizer=optimizer.state_dict(), extra={"loss": average}))
+                checkpoint.save(
+                    state_dir,
+                    TrainState(
+                        step=done, model=model.state_dict(), optimizer=optimizer.state_dict(), extra={"loss": average}
+                    ),
+                )
             if stop:
                 raise Stopped
     return model
