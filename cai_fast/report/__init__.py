@@ -24,6 +24,7 @@ READS_WRITES = {
     "evaluate": ("held-out prompts", "evaluation.json"),
     "report": ("everything", "report.html"),
 }
+FIRST = ("harm", "harm_rate", "helpful", "evasive", "objection", "malformed", "refusal_rate", "pm_score", "kl")
 CURVES = {
     "Supervised fine-tuning loss": ("sft/loss",),
     "Preference model loss": ("pm/loss", "pm_eval/loss"),
@@ -91,7 +92,8 @@ def _tables(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         rows = {f"revision {k}": row for k, row in evaluation["revisions"].items()}
         tables.append({"title": "Revisions of held-out red-team answers (0 = first answer)", "rows": rows})
     for table in tables:
-        table["metrics"] = list(dict.fromkeys(name for row in table["rows"].values() for name in row))
+        found = dict.fromkeys(name for row in table["rows"].values() for name in row)
+        table["metrics"] = [*(name for name in FIRST if name in found), *(name for name in found if name not in FIRST)]
     return tables
 
 

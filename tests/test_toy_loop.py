@@ -1,0 +1,72 @@
+"""The whole loop on the toy world: at smoke size here; with its bounds, control and collapses in the slow campaigns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai_fast import train
+
+STAGES = ("base", "revise", "sft", "compare", "label", "pm", "rl", "evaluate", "report")
+TRUTH = {"harm", "harm_rate", "helpful", "evasive", "objection", "malformed"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the smoke preset."""
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    assert train.main(["--config", "smoke", "--run-dir", str(folder), "--base.cache", "false"]) == 0
+    return folder
+
+
+def load(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def test_every_stage_finishes_and_the_truth_is_measured(folder: Path) -> None:
+    stages = load(folder, "manifest.json")["stages"]
+    assert {name: stages[name]["status"] for name in STAGES} == dict.fromkeys(STAGES, "finished")
+    evaluation = load(folder, "evaluation.json")
+    for policy in ("base", "sl_cai", "rl_cai"):
+        for group in ("red_team", "benign"):
+            assert {"kl", *TRUTH} <= set(evaluation["policies"][policy][group])
+    assert set(evaluation["revisions"]) == {str(k) for k in range(len(evaluation["revisions"]))}
+    assert {"own_pairs", "held_out_pairs"} <= set(evaluation["judge"])
+    assert evaluation["policies"]["sl_cai"]["red_team"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_no_stage_trains_on_the_held_out_prompts(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    held_out = {row["id"] for row in rows if row["split"] == "eval"}
+    texts = {row["turns"][-1]["text"] for row in rows if row["split"] == "eval"}
+    red_team = {row["id"] for row in rows if row["split"] == "eval" and row["kind"] == "red_team"}
+    assert len(red_team) >= 600
+    for name in ("revisions", "helpful", "comparisons", "rollouts"):
+        used = {json.loads(line)["prompt_id"] for line in (folder / f"{name}.jsonl").read_text().splitlines()}
+        assert used and not used & held_out, name
+    preferences = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    assert not {row["turns"][-1]["text"] for row in preferences} & texts
+
+
+@pytest.mark.slow
+def test_the_bounds_hold_and_the_control_does_not_learn(tmp_path: Path) -> None:
+    from bench import toy_bounds
+
+    toy_bounds.run(tmp_path / "seed_0", 0)
+    rows = toy_bounds.bounds(tmp_path / "seed_0", toy_bounds.control(tmp_path / "seed_0", 0))
+    assert not {name: row for name, row in rows.items() if not row.get("holds", True)}
+
+
+@pytest.mark.slow
+def test_forced_collapses_collapse_and_the_guards_flag_them(tmp_path: Path) -> None:
+    from bench import collapse, toy_bounds
+
+    toy_bounds.run(tmp_path / "seed_0", 0)
+    results = collapse.campaign(tmp_path / "seed_0")
+    collapsed, stopped = results["harmless_only, guards off"], results["harmless_only, guards on"]
+    assert collapsed["rl_cai"]["benign"]["helpful"] < 0.6 and collapsed["guard"] == ""
+    assert stopped["guard"] and stopped["rl_cai"]["benign"]["helpful"] > 0.8
+    drifted, stopped = results["no_kl, guards off"], results["no_kl, guards on"]
+    assert drifted["kl_exact_max"] > 8 and drifted["guard"] == ""
+    assert stopped["guard"] and stopped["rl_cai"]["benign"]["helpful"] > 0.8
