@@ -6,11 +6,13 @@ the attention matrix), and time is 2 floating-point operations per parameter and
 fraction of the device's peak. Prompt counts are read from the sources.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from cai_fast import pipeline, readers
 from cai_fast.config import Config
+from cai_fast.errors import InputError
 from cai_fast.model import ModelConfig
 from cai_fast.model.hf import read_config
 
@@ -71,6 +73,25 @@ def plan_lines(config: Config) -> list[str]:
     lines.append(f"{'total':10} {'':49}  {sum(p.disk for p in plans) / GIB:9.3f} {'':9} {total:7.2f}")
     lines.append(f"Time assumes {rate:.0e} floating-point operations per second and device; no work was done.")
     return lines
+
+
+def check_memory(config: Config) -> str:
+    """A line to print, or InputError if some stage's weights and optimizer alone exceed one device's memory."""
+    import torch
+
+    if _uses_gpu(config):
+        width, memory, where = 2, torch.cuda.mem_get_info()[1], "GPU"
+    else:
+        width, memory, where = 4, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+    worst = max(_plans(config, _shape(config), width), key=lambda plan: plan.weights + plan.training)
+    floor = worst.weights + worst.training
+    if floor > memory:
+        raise InputError(
+            f"Stage {worst.name} needs at least {floor / GIB:.1f} GiB for weights and optimizer, this {where} has "
+            f"{memory / GIB:.1f} GiB. Use a smaller model.base or a larger {where}"
+            + ("." if config.rl.critic == "detached" or worst.name != "rl" else ", or set rl.critic = detached.")
+        )
+    return f"memory        {floor / GIB:.2f} GiB for weights and optimizer in stage {worst.name}, of {memory / GIB:.0f}"
 
 
 def _short(count: float) -> str:

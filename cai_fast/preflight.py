@@ -1,6 +1,6 @@
 """`--check`, and the first thing every run does: validate every input before any work starts."""
 
-from cai_fast import pipeline, readers
+from cai_fast import pipeline, plan, readers
 from cai_fast.config import Config
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
@@ -32,6 +32,8 @@ def check(config: Config) -> list[str]:
     if "evaluate" in config.stages and config.evaluate.hhh:
         lines.append(f"hhh           {len(readers.read_hhh(config.evaluate.hhh))} questions")
     lines += check_models(config)
+    if set(config.stages) - {"report"}:
+        lines.append(plan.check_memory(config))
     return lines
 
 

@@ -267,3 +267,14 @@ def test_a_second_process_on_the_same_run_folder(inputs: Path, tmp_path: Path, c
     refused(words, capfd, "another process", str(os.getpid()))
     first.close()
     assert textworld.contents(tmp_path / "run") == before
+
+
+def test_a_model_that_cannot_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cai_fast import config, plan
+    from cai_fast.errors import InputError
+
+    cfg = config.load([])
+    assert "GiB for weights and optimizer in stage rl" in plan.check_memory(cfg)
+    monkeypatch.setattr(plan.os, "sysconf", lambda name: 1 << 10)  # pages of 1 KiB, a thousand of them
+    with pytest.raises(InputError, match="Stage rl needs at least .* GiB .* machine"):
+        plan.check_memory(cfg)
