@@ -20,7 +20,7 @@ Sampler = Callable[[Sequence[str], float], list[str]]
 """(prompts, temperature) -> one answer of the base model to each."""
 
 # Shares of the comparisons by where they come from; the rest are pairs of an answer and a corruption of it.
-SAMPLED, DRAWN, REFUSED, TIED = 0.2, 0.2, 0.1, 0.2
+SAMPLED, DRAWN, REFUSED, TIED = 0.15, 0.2, 0.1, 0.3
 TEMPERATURES = (1.5, 1.2)  # of the two samples of a pair: hot, so that something goes wrong in them
 SHARPNESS = 6.0  # of the label: one step of three more is preferred with probability 0.88
 _DAMAGE = {"foreign": 0.20, "repeat": 0.20, "word": 0.15, "cut": 0.45}
@@ -142,7 +142,7 @@ def tied_pair(rng: random.Random) -> Pair:
     request = corpus.draw_request(rng, rng.random() < 0.75)
     steps = tuple(corpus.draw_steps(rng, request, 0.95))
     tail = world.ordered({request.category or rng.choice(world.CATEGORIES)})
-    if request.phrase and rng.random() < 0.7:
+    if request.phrase and rng.random() < 0.65:
         harms = corpus.draw_harms(rng, request, rng.choice((1, 1, 2, 3)))
         tail = tail if rng.random() < 0.8 else ()
         first, second = Answer(steps, tail), Answer(corpus.merge(rng, steps, harms), tail)
