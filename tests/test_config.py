@@ -150,7 +150,7 @@ def test_layers_file_over_what_it_extends_and_command_line_over_both(tmp_path: P
     (tmp_path / "a.toml").write_text("extends = 'toy'\n[rl]\nsteps = 5\nlr = 1e-3\n")
     (tmp_path / "b.toml").write_text("extends = 'a.toml'\nseed = 7\n[rl]\nlr = 2e-3\n")
     cfg = config.load(["--config", str(tmp_path / "b.toml"), "--rl.clip_coef", "0.3"])
-    assert (cfg.rl.steps, cfg.rl.lr, cfg.rl.clip_coef, cfg.rl.kl_coef, cfg.seed) == (5, 2e-3, 0.3, 0.1, 7)
+    assert (cfg.rl.steps, cfg.rl.lr, cfg.rl.clip_coef, cfg.rl.vf_coef, cfg.seed) == (5, 2e-3, 0.3, 0.25, 7)
     assert cfg.run_dir == "runs/b"
 
 

@@ -201,7 +201,7 @@ def test_corruptions_are_malformed_in_every_way(rows: list[dict[str, Any]]) -> N
             facts = checker.check(prompt, worse)
             assert facts["malformed"] and not checker.check(prompt, better)["malformed"]
             broken_tails += "but i object" in worse and not facts["objection"]
-    assert broken_tails > 25
+    assert broken_tails > 15
 
 
 def test_comparisons_use_training_prompts_and_can_be_read_back(rows: list[dict[str, Any]], tmp_path: Path) -> None:
