@@ -177,7 +177,7 @@ def stage_settings(cfg: Config, stage: str) -> dict[str, Any]:
 def unread(cfg: Config, stages: Iterable[str], skipped: Iterable[str] = ()) -> list[str]:
     """Keys given on the command line that the stages that ran (`stages`) should have read, and did not.
 
-    Keys that a stage in `skipped` uses are left out: it may have read them when it ran, in an earlier process.
+    Keys that a stage in `skipped` uses are left out: it reads them when it runs, in an earlier or a later process.
     """
     ran = set(stages)
     shared = {name for stage in ran for name in _USES[stage]} - {name for stage in skipped for name in _USES[stage]}

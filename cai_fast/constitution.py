@@ -1,12 +1,11 @@
 """Constitutions: principles, few-shot examples and the prompt format; loading, checking, hashing, drawing.
 
 A constitution is a bundled name, a TOML file (see constitutions/harmlessness.toml), or a folder with the five JSON
-files that the paper's authors published (schemas: `_from_paper`).
+files that the paper's authors published (see published.py).
 """
 
 import difflib
 import hashlib
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cai_fast.errors import InputError
-from cai_fast.readers import BadRow, parse_dialogue
 from cai_fast.records import Turn, content_id
 
 Phase = Literal["critique", "comparison"]
@@ -136,8 +134,9 @@ class Constitution:
     @cached_property
     def hash(self) -> str:
         """Identity of everything that can change a generated text (not of name, version, description)."""
-        return content_id(self.principles, self.few_shot_critique, self.few_shot_comparison, self.few_shot_cot,
-                          self.format)
+        return content_id(
+            self.principles, self.few_shot_critique, self.few_shot_comparison, self.few_shot_cot, self.format
+        )
 
     def principles_for(self, phase: Phase) -> tuple[Principle, ...]:
         """The principles that can be drawn in `phase`, in file order."""
@@ -147,8 +146,10 @@ class Constitution:
         """One principle by weight; a pure function of `key`, so draws are independent and with replacement."""
         candidates = self.principles_for(phase)
         if not candidates:
-            raise InputError(f"constitution {self.name!r} has no principle for the {phase} phase; add one with "
-                             + ("critique_request and revision_request" if phase == "critique" else "comparison"))
+            raise InputError(
+                f"constitution {self.name!r} has no principle for the {phase} phase; add one with "
+                + ("critique_request and revision_request" if phase == "critique" else "comparison")
+            )
         point = uniform(f"principle/{phase}", key) * sum(principle.weight for principle in candidates)
         for principle in candidates:
             point -= principle.weight
@@ -174,16 +175,23 @@ def load(spec: str | Path) -> Constitution:
     """A constitution by bundled name, TOML file, or folder of the paper's JSON; InputError names what is wrong."""
     path = Path(spec)
     if path.is_dir():
-        return _from_paper(path)
+        from cai_fast.published import read_folder
+
+        return read_folder(path)
     if path.is_file():
         return _from_toml(path.read_bytes(), str(path))
-    bundled = {entry.name.removesuffix(".toml"): entry for entry in resources.files("cai_fast.constitutions").iterdir()
-               if entry.name.endswith(".toml")}
+    bundled = {
+        entry.name.removesuffix(".toml"): entry
+        for entry in resources.files("cai_fast.constitutions").iterdir()
+        if entry.name.endswith(".toml")
+    }
     if str(spec) not in bundled:
         near = difflib.get_close_matches(str(spec), bundled, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"unknown constitution {str(spec)!r}: {hint}expected one of {', '.join(sorted(bundled))}, "
-                         "a TOML file, or a folder with the paper's JSON files")
+        raise InputError(
+            f"unknown constitution {str(spec)!r}: {hint}expected one of {', '.join(sorted(bundled))}, "
+            "a TOML file, or a folder with the paper's JSON files"
+        )
     return _from_toml(bundled[str(spec)].read_bytes(), f"constitution {spec}")
 
 
@@ -202,8 +210,10 @@ def _from_toml(data: bytes, where: str) -> Constitution:
     _known(few_shot, ("critique", "comparison", "cot"), f"{where}: [few_shot]")
 
     def examples(phase: str, cls: type) -> tuple:
-        return tuple(_example(cls, row, f"{where}: few_shot.{phase} {number}")
-                     for number, row in enumerate(few_shot.get(phase, []), 1))
+        return tuple(
+            _example(cls, row, f"{where}: few_shot.{phase} {number}")
+            for number, row in enumerate(few_shot.get(phase, []), 1)
+        )
 
     return Constitution(
         head.name, head.version, head.description, tuple(principles),
@@ -289,111 +299,21 @@ def _format(table: dict[str, Any], where: str) -> Format:
     templates = TEMPLATES | OPTIONAL_TEMPLATES
     if result.kind != "custom":
         if given := sorted(set(table) & set(templates)):
-            raise InputError(f"{where}: {given[0]!r} is for kind = \"custom\", but kind is {result.kind!r}")
+            raise InputError(f'{where}: {given[0]!r} is for kind = "custom", but kind is {result.kind!r}')
         return result
     for name, allowed in templates.items():
         template = getattr(result, name)
         if name in TEMPLATES and not template:
-            raise InputError(f"{where}: kind = \"custom\" lacks the template {name!r}")
+            raise InputError(f'{where}: kind = "custom" lacks the template {name!r}')
         found = re.findall(r"\{(\w+)\}", template)
         for placeholder in allowed:
             if template and found.count(placeholder) != 1:
                 raise InputError(f"{where}: template {name!r} must hold {{{placeholder}}} once, found {template!r}")
         if unknown := set(found) - {*allowed, "eos"}:
-            raise InputError(f"{where}: template {name!r} has the unknown placeholder {{{unknown.pop()}}}; "
-                             f"known: {', '.join((*allowed, 'eos'))}")
+            raise InputError(
+                f"{where}: template {name!r} has the unknown placeholder {{{unknown.pop()}}}; "
+                f"known: {', '.join((*allowed, 'eos'))}"
+            )
     if result.revision.split("{critique}")[0].rstrip() != result.critique.rstrip():
         raise InputError(f"{where}: template 'revision' must begin with template 'critique', then {{critique}}")
     return result
-
-
-def _unwrap(text: Any, before: str, after: str, where: str) -> str:
-    """The inner part of a published string; the wrapping belongs to the format, which puts the same bytes back."""
-    if not isinstance(text, str) or not text.startswith(before) or not text.endswith(after):
-        raise InputError(f"{where}: expected a string that begins with {before!r} and ends with {after!r}, "
-                         f"found {text!r:.80}")
-    return text[len(before): len(text) - len(after)]
-
-
-_STEPS = re.compile(r"\n\n(CritiqueRequest|Critique|RevisionRequest|Revision): ")
-_COT = re.compile(
-    r"\n*Human: Consider the following conversation between [^\n]*:(?P<turns>.*)\n\n\{\}"
-    r"\n \(A\) \[\[\[(?P<a>.*?)\]\]\]\n \(B\) \[\[\[(?P<b>.*?)\]\]\]"
-    r"\n\nAssistant: Let's think step by step:(?P<reasoning>.*)\n\nHuman:\nSo the answer is: \((?P<answer>[AB])\)",
-    re.DOTALL,
-)
-
-
-def _paper_critique(raw: Any, where: str) -> CritiqueExample:
-    pieces = _STEPS.split(raw) if isinstance(raw, str) else []
-    if pieces[1::2] != ["CritiqueRequest", "Critique", "RevisionRequest", "Revision"]:
-        raise InputError(f"{where}: expected a transcript with CritiqueRequest, Critique, RevisionRequest, Revision")
-    turns = _dialogue(pieces[0], where)
-    if turns[-1].role != "assistant":
-        raise InputError(f"{where}: the conversation must end with the assistant's response")
-    return CritiqueExample(turns[:-1], turns[-1].text, pieces[2], pieces[4], pieces[6],
-                           pieces[8].removesuffix("\n\nHuman:"), raw)
-
-
-def _paper_cot(row: Any, where: str) -> CotExample:
-    raw = row.get("prompt") if isinstance(row, dict) else None
-    match = _COT.fullmatch(raw) if isinstance(raw, str) else None
-    if match is None or raw.count("{}") != 1:
-        raise InputError(f"{where}: expected a CoT comparison with one {{}} slot, two [[[responses]]] and an answer")
-    text = re.sub(r"\n\n([HA]):", lambda m: {"H": "\n\nHuman:", "A": "\n\nAssistant:"}[m[1]], match["turns"])
-    return CotExample(_dialogue(text, where), match["a"], match["b"], match["reasoning"].strip(), match["answer"], raw)
-
-
-def _paper_comparison(row: Any, where: str) -> ComparisonExample:
-    try:
-        (better,), (worse,) = row["corrects"], row["incorrects"]
-        return ComparisonExample(_dialogue(row["prompt"], where), better, worse)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{where}: expected {{prompt, corrects: [one], incorrects: [one]}} ({error})") from error
-
-
-def _dialogue(text: str, where: str) -> tuple[Turn, ...]:
-    try:
-        return parse_dialogue(text)
-    except BadRow as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def _from_paper(folder: Path) -> Constitution:
-    """The published files: instructions {key: {prompt: [str], edit_request: str}}, few-shot transcripts [str],
-    comparison principles [str], comparison examples [{prompt, corrects, incorrects}], CoT examples [{prompt}]."""
-    base = folder / "prompts" if (folder / "prompts").is_dir() else folder
-
-    def read(name: str, kind: type) -> Any:
-        path = base / f"{name}.json"
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; expected the folder of the paper's JSON files")
-        try:
-            value = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if isinstance(value, kind) and value:
-            return value
-        raise InputError(f"{path}: expected a non-empty {'object' if kind is dict else 'list'}")
-
-    principles = []
-    for key, value in read("CritiqueRevisionInstructions", dict).items():
-        where = f"{base}/CritiqueRevisionInstructions.json: {key}"
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), list) or len(value["prompt"]) != 1:
-            raise InputError(f"{where}: expected {{prompt: [one string], edit_request: string}}")
-        principles.append(Principle(
-            key, _unwrap(value["prompt"][0], "\n\nCritiqueRequest: ", "\n\nCritique:", where),
-            _unwrap(value.get("edit_request"), "\n\nRevisionRequest: ", "\n\nRevision:", where)))  # fmt: skip
-    for number, text in enumerate(read("RLMadisonInstructions", list)):
-        where = f"{base}/RLMadisonInstructions.json: item {number}"
-        principles.append(Principle(f"comparison{number}", comparison=_unwrap(text, "\n", " Options:", where)))
-
-    def examples(name: str, parse: Any) -> tuple:
-        return tuple(parse(row, f"{base}/{name}.json: item {number}") for number, row in enumerate(read(name, list)))
-
-    return Constitution(
-        "paper", "published", f"the paper's published prompts, read from {folder}", tuple(principles),
-        examples("CritiqueRevisionFewShotPrompts", _paper_critique),
-        examples("RLMadisonFewShotPrompts", _paper_comparison),
-        examples("RLMadisonPrecogFewShotPrompts", _paper_cot), Format(kind="paper"),
-    )  # fmt: skip

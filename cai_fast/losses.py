@@ -40,9 +40,7 @@ def scores(model: Model, packed: Packed) -> Tensor:
     return model(packed, loss=lambda hidden, weight: scalar_rows(hidden.index_select(0, last_rows(packed)), weight))
 
 
-def preference_loss(
-    model: Model, pairs: Packed, prob_a: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Stats]:
+def preference_loss(model: Model, pairs: Packed, prob_a: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Stats]:
     """Soft Bradley-Terry loss of C comparisons; `pairs` packs a_0, b_0, a_1, b_1, ...; prob_a, weights [C]."""
     a, b = scores(model, pairs).unflatten(0, (-1, 2)).unbind(1)
     result = kernels.preference_loss(a, b, prob_a, weights=weights, scale=scale)

@@ -85,8 +85,9 @@ def resolve(given: Format, has_template: bool) -> Format:
         return given
     chat = given.kind == "chat" or (given.kind == "auto" and has_template)
     built_in = CHAT if chat else PAPER
-    return replace(built_in, options=given.options, stop=built_in.stop + given.stop, refusals=given.refusals,
-                   system=given.system)
+    return replace(
+        built_in, options=given.options, stop=built_in.stop + given.stop, refusals=given.refusals, system=given.system
+    )
 
 
 def fill(template: str, values: Mapping[str, str | Sequence[Segment]]) -> list[Segment]:
@@ -154,8 +155,11 @@ class Prompts:
             "question": (f.question_human or f.human, f.question_assistant or f.assistant),
             "cot": (f.cot_human or f.human, f.cot_assistant or f.assistant),
         }[context]
-        return join(segment for turn in turns
-                    for segment in fill(human if turn.role == "human" else assistant, {"text": turn.text}))
+        return join(
+            segment
+            for turn in turns
+            for segment in fill(human if turn.role == "human" else assistant, {"text": turn.text})
+        )
 
     def dialogue(self, turns: Sequence[Turn]) -> list[Segment]:
         """A conversation up to where the assistant speaks."""
@@ -183,15 +187,20 @@ class Prompts:
         return fill(self.format.direct_revision, self._values(turns, response, principle))
 
     def _values(self, turns: Sequence[Turn], response: str, principle: Principle) -> dict[str, Any]:
-        return {"conversation": self.conversation(turns), "response": response,
-                "critique_request": principle.critique_request, "revision_request": principle.revision_request}
+        return {
+            "conversation": self.conversation(turns),
+            "response": response,
+            "critique_request": principle.critique_request,
+            "revision_request": principle.revision_request,
+        }
 
     def question(self, context: Context, turns: Sequence[Turn], a: str, b: str, principle: Principle) -> list[Segment]:
         """A comparison of two responses; ends where the option's letter, or for "cot" the reasoning, begins."""
         template = self.format.comparison if context == "comparison" else self.format.cot
         inner = self.conversation(turns, "question" if context == "comparison" else "cot")
-        return fill(template, {"conversation": inner, "comparison": principle.comparison,
-                               "response_a": a, "response_b": b})
+        return fill(
+            template, {"conversation": inner, "comparison": principle.comparison, "response_a": a, "response_b": b}
+        )
 
     def cot_answer(self) -> list[Segment]:
         """What follows the reasoning; ends where the option's letter begins."""
@@ -214,8 +223,11 @@ class Prompts:
                 segments.append(example.raw)
                 continue
             principle = Principle("", example.critique_request, example.revision_request)
-            head = (self.direct_revision(example.turns, example.response, principle) if direct else
-                    self.revision(example.turns, example.response, principle, example.critique))
+            head = (
+                self.direct_revision(example.turns, example.response, principle)
+                if direct
+                else self.revision(example.turns, example.response, principle, example.critique)
+            )
             segments += [*head, *self.answer(example.revision), *fill(self.format.end, {})]
         return Block(join(segments), tuple(str(number) for number in range(len(self.constitution.few_shot_critique))))
 
@@ -230,8 +242,11 @@ class Prompts:
             better_first = uniform("order", self.seed, index, number) < 0.5
             pair = (example.better, example.worse) if better_first else (example.worse, example.better)
             letter = self.format.options[0 if better_first else 1]
-            segments += [*self.question("comparison", example.turns, *pair, principle), letter,
-                         *fill(self.format.end, {})]
+            segments += [
+                *self.question("comparison", example.turns, *pair, principle),
+                letter,
+                *fill(self.format.end, {}),
+            ]
             ids.append(f"{number}:{principle.id}:{'AB' if better_first else 'BA'}")
         return Block(join(segments), tuple(ids))
 
@@ -245,8 +260,13 @@ class Prompts:
                 segments.append(example.raw.replace("{}", f"\n{principle.comparison} Options:"))
                 continue
             question = self.question("cot", example.turns, example.response_a, example.response_b, principle)
-            segments += [*question, " " + example.reasoning, *self.cot_answer(),
-                         self.format.options["AB".index(example.answer)], *fill(self.format.end, {})]
+            segments += [
+                *question,
+                " " + example.reasoning,
+                *self.cot_answer(),
+                self.format.options["AB".index(example.answer)],
+                *fill(self.format.end, {}),
+            ]
         return Block(join(segments), tuple(ids))
 
     def is_refusal(self, text: str) -> bool:

@@ -86,8 +86,10 @@ def _rows(path: str | Path, parse: Callable[[Any], list], max_bad_fraction: floa
         raise InputError(f"{path}: the file is empty; expected one JSON object a line")
     if len(rejected) > max_bad_fraction * total:
         first = "; ".join(f"line {r.line}: {r.reason}" for r in rejected[:3])
-        raise InputError(f"{path}: {len(rejected)} of {total} rows are unusable ({first}), more than the allowed "
-                         f"fraction {max_bad_fraction:g}; mend the file or raise data.max_bad_fraction")
+        raise InputError(
+            f"{path}: {len(rejected)} of {total} rows are unusable ({first}), more than the allowed "
+            f"fraction {max_bad_fraction:g}; mend the file or raise data.max_bad_fraction"
+        )
     return good, rejected
 
 
@@ -99,8 +101,10 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
     pieces = _TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n"))
     if len(pieces) < 3 or pieces[0].strip():
         raise BadRow('transcript does not start with "Human:"')
-    turns = [Turn("human" if role == "Human" else "assistant", said.removeprefix(" "))
-             for role, said in zip(pieces[1::2], pieces[2::2], strict=True)]
+    turns = [
+        Turn("human" if role == "Human" else "assistant", said.removeprefix(" "))
+        for role, said in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
     if turns[-1].role == "assistant" and not turns[-1].text.strip():
         turns.pop()
     return tuple(turns)
@@ -158,13 +162,14 @@ def _prompts_of(row: Any) -> list[tuple[Turn, ...]]:
 
 
 def encode_split(key: str, eval_fraction: float) -> str:
-    """"eval" for `eval_fraction` of all keys, by hash: a key stays on its side whatever else the file holds."""
+    """ "eval" for `eval_fraction` of all keys, by hash: a key stays on its side whatever else the file holds."""
     digest = hashlib.blake2b(b"split:" + key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "eval" if int.from_bytes(digest, "big") < eval_fraction * 2**64 else "train"
 
 
-def read_prompts(path: str | Path, kind: str, *, max_bad_fraction: float = 0.05,
-                 eval_fraction: float = 0.0) -> tuple[list[Prompt], list[Rejected]]:
+def read_prompts(
+    path: str | Path, kind: str, *, max_bad_fraction: float = 0.05, eval_fraction: float = 0.0
+) -> tuple[list[Prompt], list[Rejected]]:
     """Distinct prompts of a file in its order, and the rejected rows.
 
     The split goes by the first human turn, so that all prompts of one dialogue are on one side.
@@ -218,6 +223,7 @@ def read_comparisons(path: str | Path, *, max_bad_fraction: float = 0.05) -> tup
 
 def read_labels(path: str | Path, *, max_bad_fraction: float = 0.0) -> dict[str, float]:
     """Labels made elsewhere: rows with comparison_id and prob_a -> {comparison_id: prob_a}."""
+
     def parse(row: Any) -> list[tuple[str, float]]:
         if not isinstance(row, dict) or not isinstance(row.get("comparison_id"), str):
             raise BadRow("no comparison_id")
@@ -232,6 +238,7 @@ def read_labels(path: str | Path, *, max_bad_fraction: float = 0.0) -> dict[str,
 
 def read_hhh(path: str | Path) -> list[Question]:
     """The questions of an HHH-style file: prompt, corrects, incorrects and, if there, both full dialogues."""
+
     def parse(row: Any) -> list[Question]:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise BadRow("no prompt")

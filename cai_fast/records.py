@@ -282,15 +282,16 @@ class Journal:
                 try:
                     rows.append(json.loads(line.decode("utf-8", "surrogatepass")))
                 except ValueError as error:
-                    raise InputError(f"{self.path}, line {number}: not JSON ({error}); delete the file to start"
-                                     " this stage anew") from error
+                    raise InputError(
+                        f"{self.path}, line {number}: not JSON ({error}); delete the file to start this stage anew"
+                    ) from error
         return rows
 
     def append(self, row: Record | Mapping[str, Any]) -> None:
         """Add one row; on the disk within `interval` seconds of further appends, or at close."""
         data = (_dumps(_plain(row)) + "\n").encode("utf-8", "surrogatepass")
         while data:  # a raw write may be partial; a full disk raises and leaves a torn line for the next opening
-            data = data[self._file.write(data):]
+            data = data[self._file.write(data) :]
         if time.monotonic() - self._synced >= self.interval:
             self.sync()
 
@@ -323,7 +324,7 @@ def write_tokens(path: str | Path, rows: Mapping[str, tuple[Sequence[int], Seque
 
     tokens = [np.asarray(ids, dtype=np.int32) for ids, _ in rows.values()]
     logprobs = []
-    for (key, (ids, values)) in rows.items():
+    for key, (ids, values) in rows.items():
         if "\n" in key:
             raise ValueError(f"record id {key!r} holds a newline")
         if values is not None and len(values) != len(ids):

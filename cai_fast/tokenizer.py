@@ -92,8 +92,10 @@ class Tokenizer:
         self.vocab_size = max(self._control.get_vocab_size(), max(added, default=-1) + 1)
         self.hash = content_id(serialized, wrapped.chat_template, wrapped.special_tokens_map)
         if wrapped.eos_token_id is None:
-            raise InputError(f"{source_path}: the tokenizer has no end-of-sequence token (eos_token); set one in "
-                             "tokenizer_config.json")
+            raise InputError(
+                f"{source_path}: the tokenizer has no end-of-sequence token (eos_token); set one in "
+                "tokenizer_config.json"
+            )
         self.eos_id: int = wrapped.eos_token_id
         self._find_lead()
         self._set_special(serialized)
@@ -120,7 +122,7 @@ class Tokenizer:
         """SentencePiece-style tokenizers put a space before every text; texts after the first must not get one."""
         newline, word = (self._text.encode(text, add_special_tokens=False).ids for text in ("\n", "x"))
         both = self._text.encode("\nx", add_special_tokens=False).ids
-        adds_space = both[: len(newline)] == newline and both[len(newline):] != word
+        adds_space = both[: len(newline)] == newline and both[len(newline) :] != word
         self._lead = newline if adds_space else []
         self._lead_text = self._control.decode(self._lead) if adds_space else ""
 
@@ -164,17 +166,19 @@ class Tokenizer:
     def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         if not self._lead or not text:
             return backend.encode(text, add_special_tokens=False).ids
-        return backend.encode("\n" + text, add_special_tokens=False).ids[len(self._lead):]
+        return backend.encode("\n" + text, add_special_tokens=False).ids[len(self._lead) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids that continue another text; special tokens are left out."""
-        return self._control.decode([*self._lead, *ids], skip_special_tokens=True)[len(self._lead_text):]
+        return self._control.decode([*self._lead, *ids], skip_special_tokens=True)[len(self._lead_text) :]
 
     def chat(self, messages: list[dict[str, str]], *, reply: bool) -> str:
         """Messages through the chat template, date and thinking pinned; `reply` opens the assistant's message."""
         if not self.has_template:
-            raise InputError(f'{self.source_path}: the tokenizer has no chat template; use a chat model, or [format] '
-                             'kind = "paper" in the constitution')
+            raise InputError(
+                f"{self.source_path}: the tokenizer has no chat template; use a chat model, or [format] "
+                'kind = "paper" in the constitution'
+            )
         safe = [message | {"content": self._neutralise(message["content"])} for message in messages]
         try:
             return self._wrapped.apply_chat_template(
@@ -205,8 +209,9 @@ class Renderer:
     block (`draw_few_shot`); a negative one means no examples.
     """
 
-    def __init__(self, tokenizer: Tokenizer, constitution: Constitution, *, seed: int = 0,
-                 few_shot_pool: int = 4) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, constitution: Constitution, *, seed: int = 0, few_shot_pool: int = 4
+    ) -> None:
         self.tokenizer = tokenizer
         self.format = prompts.resolve(constitution.format, tokenizer.has_template)
         self.prompts = Prompts(constitution, self.format, seed)
@@ -231,8 +236,11 @@ class Renderer:
         return text.split(_CUT)[1]
 
     def _plain_ids(self, segments: Iterable[Segment]) -> list[int]:
-        return [index for segment in segments
-                for index in (self.tokenizer.encode(segment) if isinstance(segment, str) else [self.tokenizer.eos_id])]
+        return [
+            index
+            for segment in segments
+            for index in (self.tokenizer.encode(segment) if isinstance(segment, str) else [self.tokenizer.eos_id])
+        ]
 
     @property
     def _bos(self) -> list[int]:
@@ -266,7 +274,7 @@ class Renderer:
             return Rendered(block.tokens, bos + self._plain_ids(segments), block.ids)
         text = self._chat_text([*block.segments, *segments])
         if text.startswith(block.text):
-            return Rendered(block.tokens, self.tokenizer.encode_control(text[len(block.text):]), block.ids)
+            return Rendered(block.tokens, self.tokenizer.encode_control(text[len(block.text) :]), block.ids)
         return Rendered([], self.tokenizer.encode_control(text), block.ids)  # the template rewrites earlier messages
 
     def _suffix(self, segments: list[Segment]) -> list[int]:
@@ -285,8 +293,7 @@ class Renderer:
         """The request to criticise `response`."""
         return self._render("critique", self.prompts.critique(turns, response, principle), fs)
 
-    def revision(self, turns: Sequence[Turn], response: str, principle: Principle, critique: str,
-                 fs: int) -> Rendered:
+    def revision(self, turns: Sequence[Turn], response: str, principle: Principle, critique: str, fs: int) -> Rendered:
         """The critique's prompt, the critique, and the request to revise `response`."""
         start = self.critique(turns, response, principle, fs)
         middle = self._plain_ids(self.prompts.answer(critique)) + self.revision_suffix(principle)
@@ -316,8 +323,10 @@ class Renderer:
         """How the options are read after `comparison` or `cot_answer_suffix` (the same in both contexts)."""
         first, second = (self.tokenizer.encode(option) for option in self.format.options)
         if first == second:
-            raise InputError(f"{self.tokenizer.source_path}: the options {self.format.options!r} ({context}) have the "
-                             f"same tokens {first}; choose other [format] options or another tokenizer")
+            raise InputError(
+                f"{self.tokenizer.source_path}: the options {self.format.options!r} ({context}) have the "
+                f"same tokens {first}; choose other [format] options or another tokenizer"
+            )
         common = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
         if common is None:
             return Options([], [], [first, second])
@@ -349,7 +358,7 @@ class Renderer:
             kept = len(body)
             while kept and not text.startswith(self.tokenizer.decode(body[:kept])):
                 kept -= 1
-            rest = text[len(self.tokenizer.decode(body[:kept])):]
+            rest = text[len(self.tokenizer.decode(body[:kept])) :]
             body = body[:kept] + (self.tokenizer.encode(rest) if rest else [])
         return Finished(text.strip(), [*body, self.stop_id])
 

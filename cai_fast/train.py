@@ -86,7 +86,7 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
         ctx = pipeline.open_context(cfg, run, log, dist)
         ran = [name for name in cfg.stages if _stage(ctx, name)]
         _say("\n".join(pipeline.summary_lines(run)))
-    unread = config.unread(cfg, ran, skipped=set(cfg.stages) - set(ran))
+    unread = config.unread(cfg, ran, skipped=set(config.STAGES) - set(ran))
     if unread:
         raise InputError(f"These settings had no effect: {', '.join(unread)}. All stages are done; leave them out.")
 

@@ -19,8 +19,15 @@ _CORPUS = (
 )
 
 
-def byte_tokenizer(folder: str | Path, *, chat_template: str | None = None, eoc: bool = True, bos: bool = True,
-                   pad: bool = True, vocab_size: int = 400) -> Path:
+def byte_tokenizer(
+    folder: str | Path,
+    *,
+    chat_template: str | None = None,
+    eoc: bool = True,
+    bos: bool = True,
+    pad: bool = True,
+    vocab_size: int = 400,
+) -> Path:
     """Write a byte-level BPE tokenizer (every text round-trips) with <bos> <eos> <pad> <eoc> into `folder`.
 
     `chat_template=CHAT_TEMPLATE` makes it a chat model's, with <|start|> and <|end|>; bos=True means that it puts
@@ -30,12 +37,17 @@ def byte_tokenizer(folder: str | Path, *, chat_template: str | None = None, eoc:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+        )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<|end|>" if chat_template else "<eos>",
         pad_token="<pad>" if pad else None, clean_up_tokenization_spaces=False)  # fmt: skip
@@ -92,16 +104,21 @@ def paper_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     )
     files = {
         "CritiqueRevisionInstructions": {
-            "harm0": {"prompt": ["\n\nCritiqueRequest: Any harm?\n\nCritique:"],
-                      "edit_request": "\n\nRevisionRequest: Mend it all.\n\nRevision:"},
-            "harm1": {"prompt": ["\n\nCritiqueRequest: Any bias?\n\nCritique:"],
-                      "edit_request": "\n\nRevisionRequest: Mend the bias.\n\nRevision:"}},
+            "harm0": {
+                "prompt": ["\n\nCritiqueRequest: Any harm?\n\nCritique:"],
+                "edit_request": "\n\nRevisionRequest: Mend it all.\n\nRevision:",
+            },
+            "harm1": {
+                "prompt": ["\n\nCritiqueRequest: Any bias?\n\nCritique:"],
+                "edit_request": "\n\nRevisionRequest: Mend the bias.\n\nRevision:",
+            },
+        },
         "CritiqueRevisionFewShotPrompts": [talk + steps + "\n\nHuman:", talk + steps],
         "RLMadisonInstructions": ["\nWhich is kinder? Options:", "\nWhich is safer? Options:"],
-        "RLMadisonFewShotPrompts": [{"prompt": "\n\nHuman: Hello?\n\nAssistant:", "corrects": ["Hi."],
-                                     "incorrects": ["No."]}],
-        "RLMadisonPrecogFewShotPrompts": [
-            {"prompt": lead + question} for lead in ("\n\n", "\n", "")],
+        "RLMadisonFewShotPrompts": [
+            {"prompt": "\n\nHuman: Hello?\n\nAssistant:", "corrects": ["Hi."], "incorrects": ["No."]}
+        ],
+        "RLMadisonPrecogFewShotPrompts": [{"prompt": lead + question} for lead in ("\n\n", "\n", "")],
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))

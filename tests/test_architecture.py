@@ -18,7 +18,7 @@ MAX_FILE, MAX_FUNCTION, MAX_JIT_FUNCTION = 400, 60, 100
 # such as the one of `Model.save`, may close a cycle but must keep to the groups.
 GROUPS = [
     {"kernels"},
-    {"errors", "files", "config_schema", "config", "constitution", "prompts", "records", "readers"},
+    {"errors", "files", "config_schema", "config", "constitution", "published", "prompts", "records", "readers"},
     {"rng", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},

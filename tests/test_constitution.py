@@ -57,37 +57,54 @@ def test_phase_without_principles(tmp_path):
         load(write_constitution(tmp_path, text)).draw("critique", 1)
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ('name = "n"\n', "", "lacks the field 'name'"),
-    ('id = "p"', "", "principle 1: lacks the field 'id'"),
-    ('revision_request = "R!"', "", "principle 'p' lacks the field 'revision_request'"),
-    ('comparison = "Which?"', "", "principle 'q' serves no phase"),
-    ('comparison = ', "comparision = ", "principle 2: unknown key 'comparision'; did you mean comparison"),
-    ('"q"', '"p"', "'p' occurs twice"),
-    ("weight = 3", "weight = 0", "weight must be a positive number"),
-    ("weight = 3", 'categories = "x"', "categories must be a list of strings"),
-    ('"C?"', "3", "critique_request must be a non-empty string"),
-    ("[constitution]", "[constitution", "not valid TOML"),
-    ("weight = 3", '[format]\nkind = "x"', "kind must be one of auto, paper, chat, custom"),
-    ("weight = 3", '[format]\nreply = "x"', "'reply' is for kind = \"custom\""),
-    ("weight = 3", '[format]\noptions = ["A"]', "options must be two"),
-    ("weight = 3", '[[few_shot.comparison]]\nturns = ["a"]\nbetter = "b"', "few_shot.comparison 1: lacks the field"),
-    ("weight = 3", '[[few_shot.critique]]\nturns = ["a", "b"]', "turns must be an odd number"),
-    ("weight = 3", '[[few_shot.cot]]\nturns = ["a"]\nresponse_a = "a"\nresponse_b = "b"\nreasoning = "r"\n'
-                   'answer = "C"', "answer must be A or B"),
-])
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('name = "n"\n', "", "lacks the field 'name'"),
+        ('id = "p"', "", "principle 1: lacks the field 'id'"),
+        ('revision_request = "R!"', "", "principle 'p' lacks the field 'revision_request'"),
+        ('comparison = "Which?"', "", "principle 'q' serves no phase"),
+        ("comparison = ", "comparision = ", "principle 2: unknown key 'comparision'; did you mean comparison"),
+        ('"q"', '"p"', "'p' occurs twice"),
+        ("weight = 3", "weight = 0", "weight must be a positive number"),
+        ("weight = 3", 'categories = "x"', "categories must be a list of strings"),
+        ('"C?"', "3", "critique_request must be a non-empty string"),
+        ("[constitution]", "[constitution", "not valid TOML"),
+        ("weight = 3", '[format]\nkind = "x"', "kind must be one of auto, paper, chat, custom"),
+        ("weight = 3", '[format]\nreply = "x"', "'reply' is for kind = \"custom\""),
+        ("weight = 3", '[format]\noptions = ["A"]', "options must be two"),
+        (
+            "weight = 3",
+            '[[few_shot.comparison]]\nturns = ["a"]\nbetter = "b"',
+            "few_shot.comparison 1: lacks the field",
+        ),
+        ("weight = 3", '[[few_shot.critique]]\nturns = ["a", "b"]', "turns must be an odd number"),
+        (
+            "weight = 3",
+            '[[few_shot.cot]]\nturns = ["a"]\nresponse_a = "a"\nresponse_b = "b"\nreasoning = "r"\nanswer = "C"',
+            "answer must be A or B",
+        ),
+    ],
+)
 def test_bad_toml_names_the_place(old, new, message, tmp_path):
     assert old in MINIMAL
     with pytest.raises(InputError, match=message):
         load(write_constitution(tmp_path, MINIMAL.replace(old, new)))
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ('cot_answer = "answer :"', "", "lacks the template 'cot_answer'"),
-    ('"H {text} "', '"H "', "'human' must hold {text} once"),
-    ('"H {text} "', '"H {text} {name}"', "'human' has the unknown placeholder {name}"),
-    ("C {critique_request} : {critique}", "K {critique_request} : {critique}", "'revision' must begin with template"),
-])
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('cot_answer = "answer :"', "", "lacks the template 'cot_answer'"),
+        ('"H {text} "', '"H "', "'human' must hold {text} once"),
+        ('"H {text} "', '"H {text} {name}"', "'human' has the unknown placeholder {name}"),
+        (
+            "C {critique_request} : {critique}",
+            "K {critique_request} : {critique}",
+            "'revision' must begin with template",
+        ),
+    ],
+)
 def test_bad_custom_format(old, new, message, tmp_path):
     assert load(write_constitution(tmp_path, MINIMAL + CUSTOM)).format.options == ("(A)", "(B)")
     assert old in CUSTOM
@@ -104,8 +121,11 @@ def test_published_schema(tmp_path):
     folder, files = paper_folder(tmp_path)
     constitution = load(folder)
     assert [(p.id, p.critique_request, p.revision_request, p.comparison) for p in constitution.principles] == [
-        ("harm0", "Any harm?", "Mend it all.", ""), ("harm1", "Any bias?", "Mend the bias.", ""),
-        ("comparison0", "", "", "Which is kinder?"), ("comparison1", "", "", "Which is safer?")]
+        ("harm0", "Any harm?", "Mend it all.", ""),
+        ("harm1", "Any bias?", "Mend the bias.", ""),
+        ("comparison0", "", "", "Which is kinder?"),
+        ("comparison1", "", "", "Which is safer?"),
+    ]
     first, second = constitution.few_shot_critique
     assert first.raw != second.raw and first.revision == second.revision == first.response == "Fine."
     assert constitution.few_shot_comparison[0].better == "Hi."
@@ -118,17 +138,24 @@ def test_published_schema(tmp_path):
     assert load(tmp_path).hash == constitution.hash, "the files may lie in prompts/"
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("RLMadisonInstructions", None, "RLMadisonInstructions.json: no such file"),
-    ("RLMadisonInstructions", "[", "not JSON"),
-    ("RLMadisonInstructions", "{}", "expected a non-empty list"),
-    ("RLMadisonInstructions", '["Which? Options:"]', "item 0: expected a string that begins with"),
-    ("CritiqueRevisionInstructions", '{"k": {"prompt": "x"}}', "k: expected {prompt"),
-    ("CritiqueRevisionInstructions", '{"k": {"prompt": ["\\n\\nCritiqueRequest: x\\n\\nCritique:"]}}', "found None"),
-    ("CritiqueRevisionFewShotPrompts", '["\\n\\nHuman: a"]', "item 0: expected a transcript"),
-    ("RLMadisonFewShotPrompts", '[{"prompt": "x", "corrects": []}]', "item 0: expected {prompt, corrects"),
-    ("RLMadisonPrecogFewShotPrompts", '[{"prompt": "x"}]', "item 0: expected a CoT comparison"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("RLMadisonInstructions", None, "RLMadisonInstructions.json: no such file"),
+        ("RLMadisonInstructions", "[", "not JSON"),
+        ("RLMadisonInstructions", "{}", "expected a non-empty list"),
+        ("RLMadisonInstructions", '["Which? Options:"]', "item 0: expected a string that begins with"),
+        ("CritiqueRevisionInstructions", '{"k": {"prompt": "x"}}', "k: expected {prompt"),
+        (
+            "CritiqueRevisionInstructions",
+            '{"k": {"prompt": ["\\n\\nCritiqueRequest: x\\n\\nCritique:"]}}',
+            "found None",
+        ),
+        ("CritiqueRevisionFewShotPrompts", '["\\n\\nHuman: a"]', "item 0: expected a transcript"),
+        ("RLMadisonFewShotPrompts", '[{"prompt": "x", "corrects": []}]', "item 0: expected {prompt, corrects"),
+        ("RLMadisonPrecogFewShotPrompts", '[{"prompt": "x"}]', "item 0: expected a CoT comparison"),
+    ],
+)
 def test_bad_published_file_names_the_place(name, content, message, tmp_path):
     folder, _ = paper_folder(tmp_path)
     path = folder / f"{name}.json"

@@ -16,8 +16,16 @@ from cai_fast.model import Model, ModelConfig, init_random
 from cai_fast.tokenizer import Tokenizer
 
 VOCAB = 61
-CONFIG = ModelConfig(vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
-                     head_dim=16, max_position_embeddings=1024)
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=1024,
+)
 
 
 class Letters:
@@ -78,8 +86,9 @@ def test_greedy_equals_transformers(model: Model, tmp_path: Path) -> None:
     found = engine(model).generate(prompts, Sampling(temperature=0, max_new_tokens=20, stop_token_ids=(3,)))
     for prompt, completion in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
-        expected = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
-                                   eos_token_id=3, pad_token_id=0)[0, len(prompt) :].tolist()
+        expected = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=3, pad_token_id=0
+        )[0, len(prompt) :].tolist()
         assert completion.token_ids == expected
 
 
@@ -134,8 +143,12 @@ def test_bits_do_not_depend_on_batch_order_or_slots(shape: dict) -> None:
 
 def test_mixed_sampling_equals_alone(model: Model) -> None:
     prompts = some_prompts(24)
-    sampling = [Sampling(temperature=(0.0, 0.6, 1.0)[i % 3], top_k=(0, 5)[i % 2], top_p=(1.0, 0.8)[i // 2 % 2],
-                         max_new_tokens=12) for i in range(24)]
+    sampling = [
+        Sampling(
+            temperature=(0.0, 0.6, 1.0)[i % 3], top_k=(0, 5)[i % 2], top_p=(1.0, 0.8)[i // 2 % 2], max_new_tokens=12
+        )
+        for i in range(24)
+    ]
     whole = engine(model).generate(prompts, sampling)
     for i in range(0, 24, 5):
         assert engine(model).generate([prompts[i]], sampling[i], keys=[i]) == [whole[i]]
@@ -200,8 +213,10 @@ def test_empty_requests_and_generations(model: Model) -> None:
     runner = engine(model)
     assert runner.generate([], Sampling()) == []
     seen: list[int] = []
-    assert runner.generate([[5], [6]], Sampling(max_new_tokens=0), progress=lambda i, c: seen.append(i)) == [
-        Completion([], [], "length")] * 2
+    assert (
+        runner.generate([[5], [6]], Sampling(max_new_tokens=0), progress=lambda i, c: seen.append(i))
+        == [Completion([], [], "length")] * 2
+    )
     assert sorted(seen) == [0, 1]
     first = runner.generate([[5]], Sampling(temperature=0, max_new_tokens=4))[0].token_ids[0]
     stopped = runner.generate([[5]], Sampling(temperature=0, max_new_tokens=4, stop_token_ids=(60, first)))
@@ -281,8 +296,18 @@ def test_progress_reports_every_request_once(model: Model) -> None:
 
 
 def test_ten_thousand_requests_leave_no_slot_behind() -> None:
-    model = make_model(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1,
-                                   num_kv_heads=1, head_dim=16, max_position_embeddings=64))
+    model = make_model(
+        ModelConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=16,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=16,
+            max_position_embeddings=64,
+        )
+    )
     rng = random.Random(0)
     prompts = [[rng.randrange(16) for _ in range(rng.randint(1, 6))] for _ in range(10_000)]
     sampling = [Sampling(max_new_tokens=rng.randint(0, 8), stop_token_ids=(3,)) for _ in prompts]

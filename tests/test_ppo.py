@@ -266,9 +266,7 @@ distributed.shutdown()
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path) -> None:
     ppo = make(tiny_model(2), kl_coef=0.2)
     rollouts = ppo.measure(examples(), 0)
-    expected = ppo.set_advantages(rollouts, SCORES) | ppo._accumulate(
-        rollouts.minibatches[0], 1 / rollouts.tokens[0]
-    )
+    expected = ppo.set_advantages(rollouts, SCORES) | ppo._accumulate(rollouts.minibatches[0], 1 / rollouts.tokens[0])
     single = torch.cat([p.grad.flatten() for p in ppo.policy.parameters()])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

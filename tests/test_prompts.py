@@ -35,12 +35,15 @@ def test_paper_texts():
     assert plain(p.revision_suffix(RULE)) == end
     assert plain(p.direct_revision(TURNS, "Yes.", RULE)) == TALK + "\n\nAssistant: Yes." + end
     assert plain(p.question("comparison", TURNS, "a", "b", RULE)) == (
-        "\n\nConsider the following conversation between a human and an assistant:" + TALK
-        + "\n\n\nWhich is kinder? Options:\n (A) [[[a]]]\n (B) [[[b]]]\n\nThe answer is:")
+        "\n\nConsider the following conversation between a human and an assistant:"
+        + TALK
+        + "\n\n\nWhich is kinder? Options:\n (A) [[[a]]]\n (B) [[[b]]]\n\nThe answer is:"
+    )
     assert plain(p.question("cot", TURNS, "a", "b", RULE)) == (
         "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):"
         "\n\nH: May I {park} here?\n\nA: Where?\n\nH: At the gate.\n\n\nWhich is kinder? Options:"
-        "\n (A) [[[a]]]\n (B) [[[b]]]\n\nAssistant: Let's think step by step:")
+        "\n (A) [[[a]]]\n (B) [[[b]]]\n\nAssistant: Let's think step by step:"
+    )
     assert plain(p.cot_answer()) == "\n\nHuman:\nSo the answer is:"
 
 
@@ -55,8 +58,9 @@ def test_published_few_shot_is_concatenated_as_it_is(tmp_path):
     names = {f"comparison{i}": text for i, text in enumerate(files["RLMadisonInstructions"])}
     drawn = [names[key.split(":")[1]] for key in cot.ids]
     raw = [row["prompt"] for row in files["RLMadisonPrecogFewShotPrompts"]]
-    assert plain(cot.segments) == "".join(text.replace("{}", principle)
-                                          for text, principle in zip(raw, drawn, strict=True))
+    assert plain(cot.segments) == "".join(
+        text.replace("{}", principle) for text, principle in zip(raw, drawn, strict=True)
+    )
 
 
 def test_comparison_examples_draw_principle_and_order():
@@ -91,8 +95,7 @@ def test_custom_format(tmp_path):
     head = ["H May I {park} here? A Where? ", Mark.EOS, " H At the gate. A Yes ", Mark.EOS, " C Any harm? :"]
     assert p.critique(TURNS, "Yes", RULE) == head
     assert p.revision_suffix(RULE) == [" ", Mark.EOS, " R Mend it. :"]
-    assert p.revision(TURNS, "Yes", RULE, "None") == [
-        *head[:-1], " C Any harm? : None ", Mark.EOS, " R Mend it. :"]
+    assert p.revision(TURNS, "Yes", RULE, "None") == [*head[:-1], " C Any harm? : None ", Mark.EOS, " R Mend it. :"]
     assert p.cot_answer() == [" ", Mark.EOS, " answer :"]
     assert p.is_refusal("Sorry , i can not help .") and not p.is_refusal("i'm sorry, I can't help")
 
@@ -122,9 +125,15 @@ def test_fill_takes_values_as_they_are():
     assert fill("a{x}b{eos}{x}", {"x": "{eos}{x}"}) == ["a{eos}{x}b", Mark.EOS, "{eos}{x}"]
 
 
-@pytest.mark.parametrize("text, refuses", [
-    ("I'm sorry, but I can’t help with that.", True), ("I cannot assist with this.", True),
-    ("Mix the flour. " * 10 + "I can't help more.", False), ("Sure, here it is.", False)])
+@pytest.mark.parametrize(
+    "text, refuses",
+    [
+        ("I'm sorry, but I can’t help with that.", True),
+        ("I cannot assist with this.", True),
+        ("Mix the flour. " * 10 + "I can't help more.", False),
+        ("Sure, here it is.", False),
+    ],
+)
 def test_refusals(text, refuses):
     assert paper_prompts().is_refusal(text) is refuses
 
@@ -156,8 +165,9 @@ def test_published_chains_are_reproduced():
             expected = row["rl_prompt"] + response + step["cst_value"]["prompt"][0]
             assert plain(p.critique(turns, response.removeprefix(" "), principle)) == expected
             expected += critique + step["cst_value"]["edit_request"]
-            assert plain(p.revision(turns, response.removeprefix(" "), principle, critique.removeprefix(" "))
-                         ) == expected
+            assert (
+                plain(p.revision(turns, response.removeprefix(" "), principle, critique.removeprefix(" "))) == expected
+            )
             response = step["revision"]["sample"]
             steps += 1
     assert steps and steps % 4 == 0
@@ -172,8 +182,9 @@ def test_published_few_shot_files():
     rows = json.loads((folder / "RLMadisonPrecogFewShotPrompts.json").read_text())
     block = p.few_shot("cot", 0)
     drawn = [strings[int(key.split(":")[1].removeprefix("comparison"))] for key in block.ids]
-    assert plain(block.segments) == "".join(row["prompt"].replace("{}", text)
-                                            for row, text in zip(rows, drawn, strict=True))
+    assert plain(block.segments) == "".join(
+        row["prompt"].replace("{}", text) for row, text in zip(rows, drawn, strict=True)
+    )
 
 
 @published

@@ -20,23 +20,48 @@ def write(path, *rows):
 
 def test_dialogue_keeps_every_byte():
     turns = parse_dialogue(TALK)
-    assert turns == (Turn("human", "Where is the key?"), Turn("assistant", " Under  the mat."),
-                     Turn("human", "Whose?\nReally?"), Turn("assistant", "Yours."))
+    assert turns == (
+        Turn("human", "Where is the key?"),
+        Turn("assistant", " Under  the mat."),
+        Turn("human", "Whose?\nReally?"),
+        Turn("assistant", "Yours."),
+    )
     names = {"human": "Human", "assistant": "Assistant"}
     assert "".join(f"\n\n{names[turn.role]}: {turn.text}" for turn in turns) == TALK
     assert parse_dialogue("Human: a\n\nAssistant:") == (Turn("human", "a"),)
 
 
-@pytest.mark.parametrize("row, texts", [
-    ({"prompt": "How?"}, [["How?"]]),
-    ({"prompt": "\n\nHuman: How?\n\nAssistant:"}, [["How?"]]),
-    ({"prompt": [{"role": "human", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "human", "text": "c"}]},
-     [["a", "b", "c"]]),
-    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
-                   {"role": "assistant", "content": "b"}]}, [["a"]]),
-    ({"chosen": TALK, "rejected": TALK + "?"},
-     [["Where is the key?"], ["Where is the key?", " Under  the mat.", "Whose?\nReally?"]]),
-])
+@pytest.mark.parametrize(
+    "row, texts",
+    [
+        ({"prompt": "How?"}, [["How?"]]),
+        ({"prompt": "\n\nHuman: How?\n\nAssistant:"}, [["How?"]]),
+        (
+            {
+                "prompt": [
+                    {"role": "human", "text": "a"},
+                    {"role": "assistant", "text": "b"},
+                    {"role": "human", "text": "c"},
+                ]
+            },
+            [["a", "b", "c"]],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            [["a"]],
+        ),
+        (
+            {"chosen": TALK, "rejected": TALK + "?"},
+            [["Where is the key?"], ["Where is the key?", " Under  the mat.", "Whose?\nReally?"]],
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_prompt_shapes(row, texts, name, tmp_path):
     prompts, rejected = read_prompts(write(tmp_path / name, row, "", row), "red_team")
@@ -44,17 +69,20 @@ def test_prompt_shapes(row, texts, name, tmp_path):
     assert {(prompt.kind, prompt.source, prompt.split) for prompt in prompts} == {("red_team", name, "train")}
 
 
-@pytest.mark.parametrize("row, reason", [
-    ([1], "expected an object"),
-    ({"text": "a"}, "no field prompt"),
-    ({"prompt": "  "}, "empty turn"),
-    ({"prompt": 3}, "list of messages"),
-    ({"messages": []}, "does not end with a human turn"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "alternate"),
-    ({"chosen": "no roles", "rejected": 1}, None),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant: c"}, "empty turn"),
-])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ([1], "expected an object"),
+        ({"text": "a"}, "no field prompt"),
+        ({"prompt": "  "}, "empty turn"),
+        ({"prompt": 3}, "list of messages"),
+        ({"messages": []}, "does not end with a human turn"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "alternate"),
+        ({"chosen": "no roles", "rejected": 1}, None),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: \n\nHuman: b\n\nAssistant: c"}, "empty turn"),
+    ],
+)
 def test_bad_rows_are_counted_with_line_and_reason(row, reason, tmp_path):
     good = {"prompt": "fine"}
     prompts, rejected = read_prompts(write(tmp_path / "x", good, row), "helpful", max_bad_fraction=0.5)
@@ -99,8 +127,10 @@ def test_comparisons(tmp_path):
     rows = [
         {"chosen": TALK, "rejected": other},
         {"prompt": "q", "chosen": "good", "rejected": "bad"},
-        {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-         "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
+        {
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+        },
         {"turns": [{"role": "human", "text": "q"}], "response_a": "a", "response_b": "b", "prob_a": 0.25},
         {"chosen": TALK, "rejected": other.replace("mat", "rug")},
         {"chosen": TALK + "\n\nHuman: and?", "rejected": other},
@@ -109,7 +139,11 @@ def test_comparisons(tmp_path):
     ]
     found, rejected = read_comparisons(write(tmp_path / "x", *rows), max_bad_fraction=0.5)
     assert [(len(p.turns), p.response_a, p.response_b, p.prob_a) for p in found] == [
-        (3, "Yours.", "Nobody's.", 1.0), (1, "good", "bad", 1.0), (1, "a", "b", 1.0), (1, "a", "b", 0.25)]
+        (3, "Yours.", "Nobody's.", 1.0),
+        (1, "good", "bad", 1.0),
+        (1, "a", "b", 1.0),
+        (1, "a", "b", 0.25),
+    ]
     assert [(r.line, r.reason.split()[0]) for r in rejected] == [(5, "chosen"), (6, "a"), (7, "prob_a"), (8, "a")]
 
 
@@ -120,8 +154,13 @@ def test_labels(tmp_path):
 
 
 def test_questions(tmp_path):
-    full = {"prompt": "q", "corrects": [" (B)"], "incorrects": [" (A)"], "text_correct": TALK,
-            "text_incorrect": TALK + "!"}
+    full = {
+        "prompt": "q",
+        "corrects": [" (B)"],
+        "incorrects": [" (A)"],
+        "text_correct": TALK,
+        "text_incorrect": TALK + "!",
+    }
     bare = {"prompt": "q", "corrects": ["x"], "incorrects": ["y", "z"]}
     first, second = read_hhh(write(tmp_path / "x", full, bare))
     assert (first.correct, first.response_correct, first.response_incorrect) == (" (B)", "Yours.", "Yours.!")

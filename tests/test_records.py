@@ -24,7 +24,7 @@ from cai_fast.records import (
     write_tokens,
 )
 
-PROMPT = Prompt("p1", "red_team", (Turn("human", "Grüße \u2028 \"x\"\n"),), "file", "train")
+PROMPT = Prompt("p1", "red_team", (Turn("human", 'Grüße \u2028 "x"\n'),), "file", "train")
 RECORDS = [
     PROMPT,
     Revision("r", "p1", " a ", (Round("k", "c", "v"), Round("k", "", "w")), False, "empty", {"key": 2**62}),
@@ -43,13 +43,16 @@ def test_record_round_trips_through_a_file(record, tmp_path):
     assert os.listdir(tmp_path) == ["x.jsonl"], "no temporary file stays behind"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"extra": 1}, "unknown field 'extra'"),
-    ({"split": None}, "expected one of train, eval"),
-    ({"id": 7}, "expected str"),
-    ({"turns": "x"}, "expected a list"),
-    ({"turns": [{"role": "system", "text": "x"}]}, r"turns\[0\].role: expected one of human, assistant"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"split": None}, "expected one of train, eval"),
+        ({"id": 7}, "expected str"),
+        ({"turns": "x"}, "expected a list"),
+        ({"turns": [{"role": "system", "text": "x"}]}, r"turns\[0\].role: expected one of human, assistant"),
+    ],
+)
 def test_reading_is_strict(change, message):
     with pytest.raises(InputError, match=message):
         Prompt.from_json(PROMPT.to_json() | change)

@@ -51,11 +51,19 @@ def pieces(folder):
     """A SentencePiece-style tokenizer with byte fallback, as Llama 2 has it: a space before every text."""
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcxyz().:AB", "▁a", "▁("]
     merges = [("▁", "a"), ("▁", "(")]
-    backend = Backend(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, merges, byte_fallback=True,
-                                 fuse_unk=True, unk_token="<unk>"))
+    backend = Backend(
+        models.BPE(
+            {piece: i for i, piece in enumerate(vocabulary)},
+            merges,
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token="<unk>",
+        )
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return save(folder, backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
@@ -75,8 +83,9 @@ def test_texts_round_trip_and_never_become_control_tokens(base):
 
 def test_special_tokens(tmp_path):
     full = Tokenizer.load(byte_tokenizer(tmp_path / "a"))
-    assert [full.bos_id, full.eos_id, full.pad_id, full.eoc_id] == [full.special[name] for name in
-                                                                   ("<bos>", "<eos>", "<pad>", "<eoc>")]
+    assert [full.bos_id, full.eos_id, full.pad_id, full.eoc_id] == [
+        full.special[name] for name in ("<bos>", "<eos>", "<pad>", "<eoc>")
+    ]
     bare = Tokenizer.load(byte_tokenizer(tmp_path / "b", eoc=False, pad=False, bos=False))
     assert bare.bos_id is None, "a BOS token that the tokenizer never uses is not ours to add"
     assert bare.eoc_id == bare.eos_id != bare.pad_id, "Hugging Face pools the last token that is not padding"
@@ -170,8 +179,11 @@ def test_overhead_bounds_every_prompt(base, chat):
         for fs in range(4):
             for p in HARMLESS.principles:
                 turns = (Turn("human", "At the gate."),)
-                made = [r.revision(turns, "At the gate.", p, "At the gate.", fs)] if p.critique_request else [
-                    r.cot(turns, "At the gate.", "At the gate.", p, fs)]
+                made = (
+                    [r.revision(turns, "At the gate.", p, "At the gate.", fs)]
+                    if p.critique_request
+                    else [r.cot(turns, "At the gate.", "At the gate.", p, fs)]
+                )
                 longest = max(len(m.prefix) + len(m.ids) for m in made)
                 assert longest <= r.overhead + 3 * words
         assert r.overhead < longest + 4000
@@ -248,15 +260,21 @@ def test_chat_prompts_are_those_of_the_template(chat):
     r = renderer(chat)
     assert r.is_chat and r.stop_id == chat.special["<|end|>"] and r.stops("response")[0][0] == r.stop_id
     reference = AutoTokenizer.from_pretrained(chat.source_path)
-    said = [{"role": role, "content": turn.text}
-            for role, turn in zip(("user", "assistant", "user"), TURNS, strict=True)]
+    said = [
+        {"role": role, "content": turn.text} for role, turn in zip(("user", "assistant", "user"), TURNS, strict=True)
+    ]
     expected = reference.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
     assert r.dialogue(TURNS) == expected
     more = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": RULE.critique_request}]
     expected = reference.apply_chat_template(said + more, add_generation_prompt=True)["input_ids"]
     assert r.critique(TURNS, "Yes.", RULE, -1).ids == expected
-    more += [{"role": "assistant", "content": "Bad."}, {"role": "user", "content": RULE.revision_request + (
-        "\n\nReply with the new response only, without any introduction.")}]
+    more += [
+        {"role": "assistant", "content": "Bad."},
+        {
+            "role": "user",
+            "content": RULE.revision_request + ("\n\nReply with the new response only, without any introduction."),
+        },
+    ]
     expected = reference.apply_chat_template(said + more, add_generation_prompt=True)["input_ids"]
     assert r.revision(TURNS, "Yes.", RULE, "Bad.", -1).ids == expected
     body = r.finish([*chat.encode("Bad."), r.stop_id], "critique").body_ids
@@ -266,13 +284,18 @@ def test_chat_prompts_are_those_of_the_template(chat):
 def test_chat_few_shot_prefix_and_rest_make_the_whole(chat):
     r = renderer(chat)
     for fs in range(2):
-        for rendered in (r.critique(TURNS, "Yes.", RULE, fs), r.comparison(TURNS, "a", "b", CHOICE, fs),
-                         r.cot(TURNS, "a", "b", CHOICE, fs), r.direct_revision(TURNS, "Yes.", RULE, fs)):
+        for rendered in (
+            r.critique(TURNS, "Yes.", RULE, fs),
+            r.comparison(TURNS, "a", "b", CHOICE, fs),
+            r.cot(TURNS, "a", "b", CHOICE, fs),
+            r.direct_revision(TURNS, "Yes.", RULE, fs),
+        ):
             text = whole(chat, rendered.prefix + rendered.ids)
             assert len(rendered.prefix) > len(rendered.ids) and text.count("<bos>") == 1
             assert chat.encode_control(text) == rendered.prefix + rendered.ids
     assert text.split("<|start|>user\n")[1:] and whole(chat, r.cot(TURNS, "a", "b", CHOICE, 0).ids).endswith(
-        "<|start|>assistant\nLet's think step by step:")
+        "<|start|>assistant\nLet's think step by step:"
+    )
     assert whole(chat, r.cot_answer_suffix()).startswith("<|end|>\n<|start|>user\n")
     assert whole(chat, r.cot_answer_suffix()).endswith("<|start|>assistant\nThe answer is:")
 
@@ -309,6 +332,11 @@ def test_templates_that_cannot_be_used(base, tmp_path):
 def test_hash_follows_everything_that_shapes_a_prompt(base, chat):
     r = renderer(base)
     assert r.hash == renderer(base).hash
-    others = [renderer(chat), renderer(base, kind="paper", stop=("x",)), Renderer(base, HARMLESS, seed=1),
-              Renderer(base, HARMLESS, few_shot_pool=2), Renderer(base, load("honesty"))]
+    others = [
+        renderer(chat),
+        renderer(base, kind="paper", stop=("x",)),
+        Renderer(base, HARMLESS, seed=1),
+        Renderer(base, HARMLESS, few_shot_pool=2),
+        Renderer(base, load("honesty")),
+    ]
     assert len({r.hash, *(other.hash for other in others)}) == 6

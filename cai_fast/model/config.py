@@ -31,8 +31,12 @@ _PASSIVE |= {"is_llama_config", "transformers.js_config", "tokenizer_class", "un
 _PASSIVE |= {"output_attentions", "output_hidden_states", "attn_implementation"}
 # Fields whose listed values (besides None, False and empty) equal what the decoder does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"), "attention_dropout": (0, 0.0), "pretraining_tp": (1,),
-    "partial_rotary_factor": (1, 1.0), "chunk_size_feed_forward": (0,), "is_decoder": (True,),
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0, 0.0),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1, 1.0),
+    "chunk_size_feed_forward": (0,),
+    "is_decoder": (True,),
 }
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 _ROPE_KEYS = {

@@ -90,4 +90,3 @@ class RopeTables:
             # on where in the table (in a vector register or in the loop's tail) an element lies.
             cos, sin = angle.double().cos() * factor, angle.double().sin() * factor
         return cos.float().to(device), sin.float().to(device)
-

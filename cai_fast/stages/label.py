@@ -34,6 +34,7 @@ def run(ctx: Context) -> None:
     if not comparisons:
         raise InputError("label: comparisons.jsonl holds no AI comparison; run stage compare with more prompts.")
     cfg = ctx.config.label
+    ctx.log.truncate("label", 0)  # of an attempt that was interrupted after its statistics
     if cfg.from_:
         labels, statistics = imported_labels(ctx, comparisons), {}
     else:

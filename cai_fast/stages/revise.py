@@ -71,6 +71,7 @@ def _warn_refusals(ctx: Context, worker: Reviser, prompts: Sequence[Prompt]) -> 
     """An aligned assistant that refuses leaves nothing to revise: say so before the work is done."""
     answers = [finished.text for finished, _ in worker.answer(prompts, "revise/response", [0] * len(prompts))]
     rate = sum(map(worker.renderer.is_refusal, answers)) / max(1, len(answers))
+    ctx.log.truncate("revise", 0)
     ctx.log.metrics("revise", 0, {"revise/refusal_rate": rate})
     if rate > ctx.config.revise.refusal_warn:
         ctx.log.warn(
