@@ -193,7 +193,7 @@ class BaseConfig(Section):
     lr: float = opt(6e-3, "AdamW learning rate (embedding, norms)", lo=0.0)
     muon_lr: float = opt(0.012, "Muon learning rate (block matrices)", lo=0.0)
     warmup_steps: int = opt(50, "warm-up steps", lo=0)
-    comparisons: int = opt(1200, "helpfulness comparisons to write, for pm and pm_eval together", lo=2, hi=100000)
+    comparisons: int = opt(1500, "helpfulness comparisons to write, for pm and pm_eval together", lo=2, hi=100000)
     cache: bool = opt(True, "keep the result in the user's cache folder for later runs", work=True)
 
 

@@ -24,7 +24,7 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
 def test_defaults_are_the_toy_preset() -> None:
     cfg = config.load([])
     assert (cfg.preset, cfg.run_dir, cfg.seed, cfg.stages) == ("toy", "runs/toy", 0, config.STAGES)
-    assert (cfg.data.constitution, cfg.rl.steps, cfg.rl.critic, cfg.sft.revisions) == ("toy", 40, "pm", (3,))
+    assert (cfg.data.constitution, cfg.rl.steps, cfg.rl.critic, cfg.sft.revisions) == ("toy", 40, "pm", (2, 3, 4))
 
 
 def test_defaults_of_the_sections_are_the_papers() -> None:

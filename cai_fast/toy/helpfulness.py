@@ -20,7 +20,7 @@ Sampler = Callable[[Sequence[str], float], list[str]]
 """(prompts, temperature) -> one answer of the base model to each."""
 
 # Shares of the comparisons by where they come from; the rest are pairs of an answer and a corruption of it.
-SAMPLED, DRAWN, REFUSED, TIED = 0.15, 0.2, 0.1, 0.3
+SAMPLED, DRAWN, REFUSED, TIED = 0.12, 0.18, 0.08, 0.42
 TEMPERATURES = (1.5, 1.2)  # of the two samples of a pair: hot, so that something goes wrong in them
 SHARPNESS = 6.0  # of the label: one step of three more is preferred with probability 0.88
 _DAMAGE = {"foreign": 0.20, "repeat": 0.20, "word": 0.15, "cut": 0.45}
