@@ -92,7 +92,7 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
 
 
 def _stage(ctx: "Context", name: str) -> bool:
-    """Run one stage, or skip it if it is done; True if it ran."""
+    """Run one stage, or skip it if it is done; True if this process did all of it."""
     stage = importlib.import_module(f"cai_fast.stages.{name}")
     inputs = stage.inputs(ctx)
     if ctx.run.is_done(name, inputs):
@@ -101,7 +101,7 @@ def _stage(ctx: "Context", name: str) -> bool:
     ctx.log.info(f"{name}: starting")
     ctx.run.begin(name, inputs)
     stage.run(ctx)
-    return True
+    return ctx.run.record(name)["starts"] == 1  # else an earlier process may have read what this one had no need of
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:
