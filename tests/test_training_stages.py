@@ -1,5 +1,6 @@
 """Stages sft, pm and rl on written records and a tiny byte-level model: files, resume, guards, bad input."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -15,7 +16,7 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import config, config_schema, distributed, losses, model, pipeline, records
+from cai_fast import config, config_schema, distributed, losses, model, pipeline, readers, records
 from cai_fast.batching import pack
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -31,7 +32,8 @@ PROMPTS = [
     for kind in ("red_team", "helpful") for i in range(30)
 ]  # fmt: skip
 ARGUMENTS = {
-    "data.max_prompt_tokens": 64, "sft.lr": 1e-3, "sft.batch_tokens": 400, "sft.micro_tokens": 300,
+    "data.max_prompt_tokens": 64, "data.eval_fraction": 0.0, "sft.lr": 1e-3, "sft.batch_tokens": 400,
+    "sft.micro_tokens": 300,
     "revise.rounds": 2, "pm.epochs": 2, "pm.lr": 1e-3, "pm.batch_pairs": 8, "pm.micro_tokens": 500, "rl.steps": 3,
     "rl.prompts_per_step": 8, "rl.max_new_tokens": 8, "rl.minibatches": 2, "rl.epochs": 2, "rl.lr": 1e-3,
     "rl.save_every": 1, "rl.critic": "pm", "rl.critic_lr": 1e-3, "rl.micro_tokens": 200,
@@ -161,7 +163,7 @@ def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
     renderer = trained.renderer("pm_init")
     helpful, rejected = pm.helpful_pairs(trained, renderer)
     pairs = pm.harmless_pairs(trained, renderer) + helpful
-    assert rejected == {"malformed": 0, "over_long": 0}
+    assert rejected == {"malformed": 0, "over_long": 0, "held_out": 0}
     assert len(pairs) == 30 + 40
     sides: dict[str, set[tuple[str, bool]]] = {}
     for p in pairs:
@@ -175,6 +177,15 @@ def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
     assert all(0 <= summary[n][k]["accuracy"] <= 1 for n in pm.MODELS for k in pm.KINDS)
     steps = [row["step"] for row in rows_of(trained, "pm")]
     assert steps == list(range(len(steps)))
+
+
+def test_evaluation_prompts_stay_out_of_the_preference_models(tmp_path: Path, base: Path) -> None:
+    ctx = open_run(tmp_path / "run", base, data__eval_fraction=0.3)
+    with contextlib.closing(ctx.run):
+        pairs, counts = pm.helpful_pairs(ctx, ctx.renderer("pm_init"))
+    sides = [readers.encode_split(f"help me {i}", 0.3) for i in range(40)]
+    assert [p.turns[0].text for p in pairs] == [f"help me {i}" for i, side in enumerate(sides) if side == "train"]
+    assert counts["held_out"] == sides.count("eval") > 0
 
 
 def test_exports_load_in_transformers_with_equal_results(trained: Context) -> None:

@@ -133,9 +133,13 @@ def helpful_pairs(ctx: Context, renderer: Renderer) -> tuple[list[Pair], dict[st
         return [], {}
     path = ctx.run.path("preferences.jsonl") if data.preferences == TOY else data.preferences
     rows, malformed = readers.read_comparisons(path, max_bad_fraction=data.max_bad_fraction)
-    pairs, over_long = [], 0
+    pairs, over_long, held_out = [], 0, 0
     limit = ctx.config.model.max_len or ModelConfig.from_hf(read_config(ctx.folder("pm_init"))).max_position_embeddings
     for row in rows:
+        # Files are split by first turn alike, so this leaves out what `evaluate` asks; the toy world does so itself.
+        if data.preferences != TOY and readers.encode_split(row.turns[0].text, data.eval_fraction) == "eval":
+            held_out += 1
+            continue
         turns = fit_turns(row.turns, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
         if turns is not None:
             ids = [renderer.preference(turns, renderer.response_ids(r)) for r in (row.response_a, row.response_b)]
@@ -148,7 +152,7 @@ def helpful_pairs(ctx: Context, renderer: Renderer) -> tuple[list[Pair], dict[st
             f"{path}: {over_long} of {len(rows)} comparisons have a prompt longer than data.max_prompt_tokens = "
             f"{data.max_prompt_tokens} or more than {limit} tokens in all; data.max_bad_fraction allows fewer"
         )
-    return pairs, {"malformed": len(malformed), "over_long": over_long}
+    return pairs, {"malformed": len(malformed), "over_long": over_long, "held_out": held_out}
 
 
 def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: int) -> int:
