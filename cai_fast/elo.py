@@ -62,7 +62,10 @@ def win_matrix(games: Sequence[Game], players: int) -> np.ndarray:
 
 
 def ratings(games: Sequence[Game], players: int, anchor: int, samples: int, seed: int) -> list[dict[str, Any]]:
-    """Rating of each player as {rating, lo, hi, games}, the 95 % interval by bootstrap over clusters (prompts)."""
+    """Rating of each player as {rating, lo, hi, games}, the 95 % interval by bootstrap over clusters (prompts).
+
+    All three are None for a player that no chain of games connects to the anchor.
+    """
     names = sorted({game[0] for game in games})
     row = {name: index for index, name in enumerate(names)}
     by_cluster = np.zeros((len(names), players, players))
@@ -76,11 +79,14 @@ def ratings(games: Sequence[Game], players: int, anchor: int, samples: int, seed
                              by_cluster, axes=1), anchor)
         for _ in range(samples)
     ]) if samples else best[None]  # fmt: skip
-    lo, hi = np.nanquantile(fits, [0.025, 0.975], axis=0)
-    return [
-        {"rating": best[i], "lo": lo[i], "hi": hi[i], "games": float(total[i].sum() + total[:, i].sum())}
-        for i in range(players)
-    ]
+    rows = []
+    for i in range(players):
+        known = fits[~np.isnan(fits[:, i]), i]  # a resample may lack the games that connect a player
+        rated = not np.isnan(best[i]) and len(known)
+        values = [best[i], *np.quantile(known, [0.025, 0.975])] if rated else [None] * 3
+        rows.append(dict(zip(("rating", "lo", "hi"), values, strict=True)))
+        rows[-1]["games"] = float(total[i].sum() + total[:, i].sum())
+    return rows
 
 
 def calibration(probs: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def test_unconnected_players_have_no_rating():
     assert np.isfinite(rating[:2]).all() and np.isnan(rating[2:]).all()
 
 
+def test_ratings_of_unconnected_players_are_none():
+    rows = ratings([("p", 0, 1, 1.0), ("q", 0, 1, 0.0)], 3, anchor=0, samples=20, seed=0)
+    assert rows[2] == {"rating": None, "lo": None, "hi": None, "games": 0.0}
+    assert rows[1]["rating"] == pytest.approx(0) and rows[1]["lo"] <= 0 <= rows[1]["hi"]
+
+
 def test_games_count_once_each_way():
     games = [("p", 0, 1, 1.0), ("p", 1, 0, 0.25), ("q", 0, 1, 0.5)]
     assert win_matrix(games, 2).tolist() == [[0, 2.25], [0.75, 0]]
