@@ -34,6 +34,7 @@ CURVES = {
     "Clipped share of tokens": ("rl/clipfrac",),
     "Answer length (tokens)": ("rl/length",),
     "Refusal rate": ("rl/refusal_rate",),
+    "Repeated share of 4-grams": ("rl/repetition",),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cai_fast import checkpoint, losses, pipeline, records, rng
+from cai_fast import chains, checkpoint, losses, pipeline, records, rng
 from cai_fast.batching import Example, bins, pack
 from cai_fast.distributed import Stopped
 from cai_fast.engine import Completion
@@ -227,6 +227,7 @@ class Loop:
         per_answer = {
             "reward": rewards, "score": answers.scores, "kl": rollouts.k1, "kl_exact": rollouts.kl,
             "refusal_rate": torch.tensor(refused),
+            "repetition": torch.tensor([chains.repetition(f.text) for f in answers.finished]),
             "length": torch.tensor([float(len(c.token_ids)) for c in answers.completions]),
             "finished": torch.tensor([float(c.finish_reason == "stop") for c in answers.completions]),
         }  # fmt: skip
