@@ -28,7 +28,7 @@ class Chain:
     responses: list[str] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     rounds: list[dict[str, str]] = field(default_factory=list)
-    few_shot: list[int] = field(default_factory=list)
+    few_shot: list[list[str]] = field(default_factory=list)
     reject_reason: str | None = None
 
     def add(self, finished: Finished, reason: str | None, where: str) -> None:
@@ -93,8 +93,7 @@ class Reviser:
         critiques = [""] * len(chains)
         if ctx.config.revise.critique:
             critiques = self._critiques(chains, principles, shots, number)
-        for c, p, critique, shot in zip(chains, principles, critiques, shots, strict=True):
-            c.few_shot.append(shot)
+        for c, p, critique in zip(chains, principles, critiques, strict=True):
             c.rounds.append({"principle": p.id, "critique": critique, "revision": ""})
         steps = [step for step in zip(chains, principles, critiques, shots, strict=True) if not step[0].reject_reason]
         rendered = []
@@ -104,6 +103,7 @@ class Reviser:
                 rendered.append(renderer.revision(turns, current, p, critique, shot))
             else:
                 rendered.append(renderer.direct_revision(turns, current, p, shot))
+                c.few_shot.append(list(rendered[-1].few_shot_ids))
         keys = [ctx.key("revise/revision", c.prompt.id, number) for c, *_ in steps]
         done = self.prefixes.generate(rendered, self.specs["revision"], keys)
         for (c, *_), completion in zip(steps, done, strict=True):
@@ -116,6 +116,8 @@ class Reviser:
             self.renderer.critique(c.prompt.turns, c.responses[-1], p, shot)
             for c, p, shot in zip(chains, principles, shots, strict=True)
         ]
+        for c, r in zip(chains, rendered, strict=True):
+            c.few_shot.append(list(r.few_shot_ids))
         keys = [self.ctx.key("revise/critique", c.prompt.id, number) for c in chains]
         texts = []
         for c, completion in zip(chains, self.prefixes.generate(rendered, self.specs["critique"], keys), strict=True):

@@ -30,6 +30,7 @@ class Question:
     number: int
     order: int
     few_shot: int
+    few_shot_ids: tuple[str, ...] = ()
     cot: list[str] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     masses: list[float] = field(default_factory=list)
@@ -42,15 +43,18 @@ class Question:
 
 
 class Judge:
-    """The feedback model with its renderer and engine."""
+    """The feedback model with its renderer and engine.
 
-    def __init__(self, ctx: Context, role: str) -> None:
-        self.ctx, self.role, self.cfg = ctx, role, ctx.config.label
+    `measuring`: for win rates, not for training: always both orders, neither clamped nor rounded.
+    """
+
+    def __init__(self, ctx: Context, role: str, *, measuring: bool = False) -> None:
+        self.ctx, self.role, self.cfg, self.measuring = ctx, role, ctx.config.label, measuring
         self.renderer = ctx.renderer(role)
         longest = pipeline.longest(
             self.renderer,
             ctx.config.data.max_prompt_tokens,
-            2 * ctx.config.compare.max_new_tokens,
+            2 * max(ctx.config.compare.max_new_tokens, ctx.config.evaluate.max_new_tokens if measuring else 0),
             self.cfg.cot_max_new_tokens if self.cfg.cot else 0,
         )
         self.engine = ctx.engine(ctx.model(role), self.renderer, longest)
@@ -78,13 +82,16 @@ class Judge:
             shot = -1
             if self.cfg.few_shot:
                 shot = self.renderer.draw_few_shot(key("label/few_shot", comparison.id, number))
-            orders = ORDERS.get(self.cfg.orders) or (rng.choice(key("label/order", comparison.id, number), 2),)
+            chosen = "both" if self.measuring else self.cfg.orders
+            orders = ORDERS.get(chosen) or (rng.choice(key("label/order", comparison.id, number), 2),)
             questions += [Question(comparison, turns, principle, number, order, shot) for order in orders]
         return questions
 
     def _read_options(self, questions: Sequence[Question], rendered: Sequence[Rendered]) -> None:
         """Score the two options after each prompt and add probability of letter A and option mass."""
-        for question, logprob, mass in zip(questions, *self.prefixes.score(rendered, self.options), strict=True):
+        scored = self.prefixes.score(rendered, self.options)
+        for question, prompt, logprob, mass in zip(questions, rendered, *scored, strict=True):
+            question.few_shot_ids = prompt.few_shot_ids
             question.probs.append(math.exp(logprob[0]))
             question.masses.append(mass)
 
@@ -106,11 +113,9 @@ class Judge:
         """Un-swap, average and clamp (kernels.preference_labels), and make the records."""
         row = {c.id: index for index, c in enumerate(comparisons)}
         logprob = torch.full((len(comparisons), self.cfg.principles, 2, 2), math.nan, dtype=torch.float64)
-        by_slot: dict[tuple[str, int, int], Question] = {}
         for q in questions:
             p = min(max(fmean(q.probs), 1e-12), 1 - 1e-12)
             logprob[row[q.comparison.id], q.number, q.order] = torch.tensor([math.log(p), math.log1p(-p)])
-            by_slot[q.comparison.id, q.number, q.order] = q
         clamp = self._clamp()
         result = kernels.preference_labels(logprob, clamp=clamp)
         rows = []
@@ -135,19 +140,21 @@ class Judge:
             })  # fmt: skip
         source = pipeline.provenance(
             self.ctx, self.role, self.renderer, self.spec if self.cfg.cot else None, parents=[c.id],
-            few_shot=[q.few_shot for q in asked], option_mass=fmean(m for q in asked for m in q.masses),
+            few_shot=[list(q.few_shot_ids) for q in asked], option_mass=fmean(m for q in asked for m in q.masses),
             rng=[self.ctx.config.seed, "label/*", c.id],
         )  # fmt: skip
         record = Label(content_id("label", c.id), c.id, prob_a, (), clamp, source).to_json()
         return Label.from_json(record | {"per_principle": per_principle})
 
     def _clamp(self) -> tuple[float, float] | None:
+        if self.measuring:
+            return None
         if self.cfg.clamp == "auto":
             return (0.4, 0.6) if self.cfg.cot else None
         return None if self.cfg.clamp == "none" else tuple(self.cfg.clamp)
 
     def _harden(self, prob_a: float) -> float:
         """0 or 1 with label.hard; an exact tie stays 0.5 (never resolved by a coin)."""
-        if not self.cfg.hard or prob_a == 0.5:
+        if not self.cfg.hard or self.measuring or prob_a == 0.5:
             return prob_a
         return float(prob_a > 0.5)

@@ -4,7 +4,7 @@ Everything is keyed and journaled like the other stages' work, so an interrupted
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Answer:
     text: str
     token_ids: list[int]
     stopped: bool
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -47,16 +48,20 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
         keys = [ctx.key(f"evaluate/{role}", i, cfg.seed_offset) for i in ids]
         done = engine.generate([renderer.dialogue(by_id[i].turns) for i in ids], spec, keys=keys)
         for i, completion in zip(ids, done, strict=True):
+            key = [ctx.config.seed, f"evaluate/{role}", i, cfg.seed_offset]
             finished = renderer.finish(completion.token_ids, "response")
             yield {
                 "id": i,
                 "text": finished.text,
                 "token_ids": finished.token_ids,
                 "stopped": completion.finish_reason == "stop",
+                "provenance": pipeline.provenance(ctx, role, renderer, spec, parents=[i], rng=key),
             }
 
     rows = pipeline.journaled(ctx, f"evaluate.{role}", list(by_id), ctx.config.compare.chunk * 4, process)
-    return [Answer(by_id[i], row["text"], row["token_ids"], row["stopped"]) for i, row in rows.items()]
+    return [
+        Answer(by_id[i], row["text"], row["token_ids"], row["stopped"], row["provenance"]) for i, row in rows.items()
+    ]
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def verdicts(
 
     def process(ids: list[str]) -> Iterator[dict]:
         if not judge:
-            judge.append(Judge(ctx, "judge"))
+            judge.append(Judge(ctx, "judge", measuring=True))
         yield from judge[0].label([(jobs[i][3], jobs[i][2].turns) for i in ids])
 
     rows = pipeline.journaled(ctx, "evaluate.judge", list(jobs), ctx.config.label.chunk, process)

@@ -6,7 +6,7 @@ Stages exchange files of the run folder and never import each other; everything 
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,13 @@ class Context:
             self._hashes[folder] = hash_model(folder)
         return self._hashes[folder]
 
+    def template_hash(self, role: str) -> str:
+        """Hash of the renderer for the model in `role`."""
+        key = f"template of {self.folder(role)}"
+        if key not in self._hashes:
+            self._hashes[key] = self.renderer(role).hash
+        return self._hashes[key]
+
     def engine(self, model: Model, renderer: Renderer, max_len: int) -> Engine:
         """A generation engine for sequences of up to `max_len` tokens (prompt and response)."""
         settings = self.config.engine
@@ -144,6 +151,7 @@ class Context:
             "settings": stage_settings(self.config, stage),
             "constitution": self.constitution.hash,
             "models": {role: self.model_hash(role) for role in roles},
+            "templates": {role: self.template_hash(role) for role in roles},
             "files": {name: self.run.output_hash(name) for name in files},
         }
 
@@ -165,7 +173,7 @@ def provenance(ctx: Context, role: str, renderer: Renderer, spec: Sampling | Non
         "template": renderer.hash,
     }
     if spec is not None:
-        row["sampling"] = {"temperature": spec.temperature, "max_new_tokens": spec.max_new_tokens}
+        row["sampling"] = asdict(spec)
     return row | more
 
 

@@ -119,7 +119,7 @@ def test_few_shot_examples_come_first(open_run: Any, plant: Any) -> None:
     plain, critique, revision = engines[0].prompts
     assert plain == "\n\nHuman: Question 0?\n\nAssistant:"
     assert critique.startswith(block) and revision.startswith(critique)
-    assert chain.provenance["few_shot"] == [0]
+    assert chain.provenance["few_shot"] == [["0", "1"]]
 
 
 def test_principles_are_drawn_evenly_with_replacement_and_logged(open_run: Any, plant: Any) -> None:

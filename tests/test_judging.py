@@ -125,6 +125,23 @@ def test_k_principles_are_drawn_with_replacement_and_averaged(open_run: Any, mon
         assert row.prob_a == pytest.approx(0.5, rel=1e-6)
 
 
+def test_measuring_takes_both_orders_and_the_whole_probability(open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def engine(ctx: Context, model: Any, renderer: Any, max_len: int) -> PlantedEngine:
+        lengths.append(max_len)
+        return PlantedEngine(renderer, prefer=prefers_grades)
+
+    monkeypatch.setattr(Context, "engine", engine)
+    ctx = open_run(label__orders="single", label__clamp="[0.4, 0.6]", label__hard=True, evaluate__max_new_tokens=88)
+    rows = [row["record"] for row in Judge(ctx, "judge", measuring=True).label(pairs())]
+    for row, (a, b) in zip(rows, GRADES, strict=True):
+        both = sigmoid((a - b) / 3 + BIAS), 1 - sigmoid((b - a) / 3 + BIAS)
+        assert row["prob_a"] == pytest.approx(sum(both) / 2, rel=1e-6) and row["clamp"] is None
+    Judge(ctx, "judge")
+    assert lengths[0] - lengths[1] == 2 * (88 - 24)  # room for the longest answers of either stage
+
+
 def test_clamps(open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free, _ = judged(open_run(), monkeypatch)
     for settings, (lo, hi) in (({"label__clamp": "[0.2, 0.8]"}, (0.2, 0.8)), ({"label__cot": True}, (0.4, 0.6))):
@@ -239,6 +256,9 @@ def test_the_stage_records_statistics(open_run: Any, monkeypatch: pytest.MonkeyP
     both = [(sigmoid((a - b) / 3 + BIAS), 1 - sigmoid((b - a) / 3 + BIAS)) for a, b in GRADES * 2]
     assert summary["requested"] == summary["kept"] == 12 and summary["option_mass"] == 0.25
     assert summary["position_bias"] == pytest.approx(sum(ab - ba for ab, ba in both) / 12, rel=1e-5)
+    assert sum(row["drawn"] for row in summary["principles"].values()) == 12
+    mean = sum(row["drawn"] * row["position_bias"] for row in summary["principles"].values()) / 12
+    assert len(summary["principles"]) == 2 and mean == pytest.approx(summary["position_bias"])
     assert summary["order_agreement"] == pytest.approx(sum((ab > 0.5) == (ba > 0.5) for ab, ba in both) / 12)
     means = [(ab + ba) / 2 for ab, ba in both]
     entropy = sum(-p * math.log(p) - (1 - p) * math.log1p(-p) for p in means) / 12

@@ -1,5 +1,6 @@
 """All stages on real-schema inputs and a Hugging Face checkpoint: every file of the run folder, and what is in it."""
 
+import dataclasses
 import html
 import json
 import re
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from cai_fast import constitution, model, records
+from cai_fast.engine import Sampling
 from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision, Rollout
 from cai_fast.tokenizer import Renderer, Tokenizer
 
@@ -21,6 +23,7 @@ STAGES = ("revise", "sft", "compare", "label", "pm", "rl", "evaluate", "report")
 ROWS = {"prompts": Prompt, "revisions": Revision, "helpful": Helpful, "comparisons": Comparison, "labels": Label,
         "rollouts": Rollout}  # fmt: skip
 POLICIES = ("sl_cai", "rl_cai")
+SHOTS = {"revisions": 2, "labels": 1}  # few-shot examples before each question
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +115,23 @@ def test_provenance_of_every_generated_row(run: Path) -> None:
             source = row.provenance
             assert source["model"] == writer and source["constitution"] == given and source["template"]
             assert source["parents"] == [row.comparison_id if name == "labels" else row.prompt_id]
-            assert name == "labels" or source["sampling"]["max_new_tokens"] > 0
-            assert name not in ("revisions", "labels") or len(source["few_shot"]) > 0 or not row.rounds
+            assert name == "labels" or set(source["sampling"]) == {f.name for f in dataclasses.fields(Sampling)}
+            if name in ("revisions", "labels"):
+                asked = len(row.rounds) if name == "revisions" else 2  # a label: two orders
+                assert [len(ids) for ids in source["few_shot"]] == [SHOTS[name]] * asked
             draws.append(json.dumps(source["rng"]))
         assert name == "rollouts" or len(set(draws)) == len(draws), f"{name}: rows share an RNG key"
+
+
+def test_provenance_of_measured_answers(run: Path) -> None:
+    stage = json.loads((run / "manifest.json").read_text())["stages"]["evaluate"]["inputs"]
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in answers}) == len(answers) == 3 * 7
+    for row in answers:
+        source = row["provenance"]
+        assert source["model"] == stage["models"][row["policy"]]
+        assert source["template"] == stage["templates"][row["policy"]]
+        assert source["rng"][1:3] == [f"evaluate/{row['policy']}", row["prompt_id"]]
 
 
 def _constitution(run: Path) -> str:

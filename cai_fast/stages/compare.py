@@ -82,7 +82,8 @@ class Worker:
         first, second = renderer.finish(a.token_ids, "response"), renderer.finish(b.token_ids, "response")
         identity = content_id("comparison", item)
         source = pipeline.provenance(
-            self.ctx, "sl_cai", renderer, self.spec, parents=[prompt.id], roles=list(self.roles_of(item)),
+            self.ctx, "sl_cai", renderer, self.spec, parents=[prompt.id],
+            models={role: self.ctx.model_hash(role) for role in self.roles}, roles=list(self.roles_of(item)),
             rng=[self.ctx.config.seed, "compare/response", item],
         )  # fmt: skip
         record = Comparison(identity, prompt.id, "harmless", "ai", first.text, second.text, prompt.split, source)

@@ -49,7 +49,8 @@ def run(ctx: Context) -> None:
     if ctx.dist.is_main:
         write_atomic(ctx.run.path("evaluation.json"), json.dumps(result, indent=1, allow_nan=False).encode())
         rows = [
-            {"prompt_id": a.prompt.id, "policy": policy, "response": a.text}
+            {"id": records.content_id("answer", policy, a.prompt.id), "prompt_id": a.prompt.id, "policy": policy,
+             "response": a.text, "provenance": a.provenance}
             for policy, groups in evaluation.answers.items() for answers in groups.values() for a in answers
         ]  # fmt: skip
         records.write_jsonl(ctx.run.path("answers.jsonl"), rows)
@@ -178,7 +179,8 @@ class Evaluation:
     def judge(self) -> dict[str, Any]:
         """Win rates (second policy of the pair over the first), position bias, and in the toy world accuracy."""
         cfg = self.ctx.config
-        result: dict[str, Any] = {"win_rates": {}}
+        asked = 3 * len(self.prompts["red_team"][: cfg.evaluate.judge_pairs])  # three pairs of policies
+        result: dict[str, Any] = {"win_rates": {}, "pairs": asked, "empty_or_identical": asked - len(self.verdicts)}
         for first, second in combinations(POLICIES, 2):
             mine = [v for v in self.verdicts if (v.first, v.second) == (first, second)]
             result["win_rates"][f"{second}>{first}"] = measure.interval(

@@ -34,6 +34,7 @@ def run(ctx: Context) -> None:
     if not comparisons:
         raise InputError("label: comparisons.jsonl holds no AI comparison; run stage compare with more prompts.")
     cfg = ctx.config.label
+    summary: dict[str, Any] = {"requested": len(comparisons)}
     ctx.log.truncate("label", 0)  # of an attempt that was interrupted after its statistics
     if cfg.from_:
         labels, statistics = imported_labels(ctx, comparisons), {}
@@ -47,15 +48,16 @@ def run(ctx: Context) -> None:
         )  # fmt: skip
         labels = [Label.from_json(row["record"]) for row in rows.values()]
         statistics = label_statistics(list(rows.values()))
+        summary["principles"] = principle_statistics(labels)
     if cfg.permute:
         labels = permuted(ctx, labels)
-    summary = {"requested": len(comparisons), "kept": len(labels)}
+    summary["kept"] = len(labels)
     if ctx.dist.is_main:
         write_jsonl(ctx.run.path("labels.jsonl"), labels)
         statistics["entropy"] = fmean(_entropy(label.prob_a) for label in labels)
         ctx.log.metrics("label", len(labels), {f"label/{name}": value for name, value in statistics.items()})
         summary |= statistics
-        ctx.log.info(f"label: {summary}")
+        ctx.log.info(f"label: {summary['kept']} of {summary['requested']} labelled, {statistics}")
     ctx.run.finish("label", list(OUTPUTS), summary)
 
 
@@ -100,6 +102,24 @@ def label_statistics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
             "order_agreement": fmean(orders),
         }
     return statistics
+
+
+def principle_statistics(labels: Sequence[Label]) -> dict[str, dict[str, float]]:
+    """By principle: how often it was drawn and, over questions asked in both orders, agreement of the orders, bias
+    to the first answer, and mean distance of the averaged answer from 1/2."""
+    views = [view for label in labels for view in label.per_principle]
+    result: dict[str, dict[str, float]] = {}
+    for name in sorted({view.principle for view in views}):
+        mine = [view for view in views if view.principle == name]
+        both = [(v.prob_a_ab, v.prob_a_ba) for v in mine if v.prob_a_ab is not None and v.prob_a_ba is not None]
+        result[name] = {"drawn": len(mine)}
+        if both:
+            result[name] |= {
+                "order_agreement": fmean(float((ab > 0.5) == (ba > 0.5)) for ab, ba in both),
+                "position_bias": fmean(ab - ba for ab, ba in both),
+                "decisiveness": fmean(abs((ab + ba) / 2 - 0.5) for ab, ba in both),
+            }
+    return result
 
 
 def _entropy(p: float) -> float:
