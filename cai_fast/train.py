@@ -86,9 +86,16 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
         ctx = pipeline.open_context(cfg, run, log, dist)
         ran = [name for name in cfg.stages if _stage(ctx, name)]
         _say("\n".join(pipeline.summary_lines(run)))
-    unread = config.unread(cfg, ran, skipped=set(config.STAGES) - set(ran))
+    unread = _unread_everywhere(cfg, ran, dist)
     if unread:
         raise InputError(f"These settings had no effect: {', '.join(unread)}. All stages are done; leave them out.")
+
+
+def _unread_everywhere(cfg: config.Config, ran: list[str], dist: "Distributed") -> list[str]:
+    """Collective: settings that no rank has read; some are read by rank 0 only, or by whoever got the work."""
+    mine = config.unread(cfg, ran, skipped=set(config.STAGES) - set(ran))
+    ranks = dist.all_reduce_sum({key: float(key in mine) for key in cfg.explicit})
+    return sorted(key for key, count in ranks.items() if count == dist.world)
 
 
 def _stage(ctx: "Context", name: str) -> bool:
