@@ -131,6 +131,15 @@ def _until_done(forks: Forks, words: Sequence[str], run: Path, kills: int, longe
         result["by_stage"][stage_of(run)] += 1
 
 
+def write_result(path: Path, program: str, argv: Sequence[str], result: dict[str, Any]) -> None:
+    """The result as JSON, with the command, the commit and versions."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    versions = {name: version(name) for name in ("torch", "transformers")} | {"python": sys.version.split()[0]}
+    facts = {"command": f"python -m bench.{program} {' '.join(argv)}".rstrip(), "commit": commit.stdout.strip()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | versions | result, indent=1) + "\n")
+
+
 def main(argv: Sequence[str]) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,12 +149,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         result = campaign(Path(folder), options.kills, options.seed)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    facts = {"command": "python -m bench.kill_campaign " + " ".join(argv), "seed": options.seed,
-             "commit": commit.stdout.strip(), "python": sys.version.split()[0], "torch": version("torch"),
-             "transformers": version("transformers")}  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(facts | result, indent=1) + "\n")
+    write_result(options.output, "kill_campaign", argv, {"seed": options.seed} | result)
     return 1 if result["problems"] else 0
 
 

@@ -1,0 +1,22 @@
+"""Long campaigns: random kills of the whole loop, and the loop on two ranks. Results of full runs: bench/results/."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import kill_campaign, two_ranks
+
+pytestmark = pytest.mark.slow
+
+
+def test_random_kills_leave_the_same_bits(tmp_path: Path) -> None:
+    result = kill_campaign.campaign(tmp_path, kills=15, seed=1)
+    assert result["problems"] == []
+    assert result["kills"] == 15 and sum(result["by_stage"].values()) == 15
+
+
+@pytest.mark.distributed
+def test_two_ranks_do_what_one_does_and_survive_signals(tmp_path: Path) -> None:
+    result = two_ranks.measure(tmp_path)
+    assert result["problems"] == []
+    assert max(result["largest_difference"].values()) > 0, "the work was not shared"
