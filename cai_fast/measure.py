@@ -23,7 +23,7 @@ MICRO_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a policy to a held-out prompt; `token_ids` end with the stop token, `stopped` if it was sampled."""
+    """One answer of a policy to a held-out prompt; `token_ids` end with the stop token only if it was sampled."""
 
     prompt: Prompt
     text: str
@@ -50,11 +50,12 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
         for i, completion in zip(ids, done, strict=True):
             key = [ctx.config.seed, f"evaluate/{role}", i, cfg.seed_offset]
             finished = renderer.finish(completion.token_ids, "response")
+            stopped = completion.finish_reason == "stop"
             yield {
                 "id": i,
                 "text": finished.text,
-                "token_ids": finished.token_ids,
-                "stopped": completion.finish_reason == "stop",
+                "token_ids": finished.token_ids if stopped else finished.body_ids,
+                "stopped": stopped,
                 "provenance": pipeline.provenance(ctx, role, renderer, spec, parents=[i], rng=key),
             }
 

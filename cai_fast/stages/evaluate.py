@@ -67,7 +67,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
 
 def toy_truth(config: Any) -> Truth | None:
     """The checker's metrics of an answer, where the prompts are the toy world's; else None."""
-    if config.data.red_team != TOY:
+    if config.data.red_team != TOY or config.data.helpful != TOY:
         return None
     from cai_fast.toy import checker
 

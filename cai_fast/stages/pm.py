@@ -70,6 +70,8 @@ def run(ctx: Context) -> None:
             "pm: no helpfulness comparison to train on; a preference model without any teaches refusals. Give "
             "--data.preferences FILE, or --pm.harmless_only true to do it all the same."
         )
+    if renderer.tokenizer.eoc_id in renderer.tokenizer.stop_ids:
+        ctx.log.warn("pm: the tokenizer has no reserved token to end a context with; scores are read at a second EOS")
     if cfg.harmless_only:
         helpful = []
     pairs = harmless_pairs(ctx, renderer) + helpful

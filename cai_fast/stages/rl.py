@@ -30,7 +30,7 @@ from cai_fast.records import Journal, Prompt, Rollout, content_id
 from cai_fast.runlog import Mean
 from cai_fast.tokenizer import Finished, Renderer
 
-OUTPUTS = ("rollouts.jsonl", "checkpoints/rl_cai")
+OUTPUTS = ("rollouts.jsonl", "tokens/rollouts.safetensors", "checkpoints/rl_cai")
 STANDARDISE_SAMPLES = 256
 KINDS = ("red_team", "helpful")
 MAX_LOGPROB_GAP = 1e-3  # nats; fp32 engine and trainer agree far better than this
@@ -126,6 +126,11 @@ class Sampler:
         self.engine.invalidate()  # the weights may have changed since the last call
         done = self.engine.generate(prompts, self.spec, keys=keys)
         finished = [self.renderer.finish(c.token_ids, "response") for c in done]
+        # An answer that was cut off must not look finished to the preference model.
+        finished = [
+            f if c.finish_reason == "stop" else f._replace(token_ids=f.body_ids)
+            for f, c in zip(finished, done, strict=True)
+        ]
         return Answers(mine, total, done, finished, self.score(mine, finished))
 
     @torch.no_grad()
@@ -255,7 +260,9 @@ class Loop:
                 float(rewards[i]), float(rollouts.k1[i]), item.sample,
                 self.provenance | {"parents": [item.prompt.id], "rng": seed, "policy_step": step},
             )  # fmt: skip
-            journal.append({"number": item.number, "record": row.to_json()})
+            sampled = answers.completions[i]
+            tokens = {"token_ids": sampled.token_ids, "logprobs": sampled.logprobs}
+            journal.append({"number": item.number, "record": row.to_json()} | tokens)
 
     def guard(self, values: dict[str, float]) -> str:
         """Why training must stop, judged by the policy's newest answers; nothing if all is well."""
@@ -343,11 +350,14 @@ def drop_rows(ctx: Context, start: int) -> None:
 
 
 def write_rollouts(ctx: Context) -> int:
-    """All ranks' journals in the order of iterations -> rollouts.jsonl; returns the number of rows."""
+    """All ranks' journals in the order of iterations -> rollouts.jsonl and the sampled tokens with their log-probs;
+    returns the number of rows."""
     rows = []
     for path in journals(ctx):
         with Journal(path) as journal:
             rows += journal.rows()
     rows.sort(key=lambda row: (row["record"]["iteration"], row["number"]))
     records.write_jsonl(ctx.run.path("rollouts.jsonl"), [row["record"] for row in rows])
+    tokens = {row["record"]["id"]: (row["token_ids"], row["logprobs"]) for row in rows}
+    records.write_tokens(ctx.run.path("tokens", "rollouts.safetensors"), tokens)
     return len(rows)

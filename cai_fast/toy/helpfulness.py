@@ -22,7 +22,7 @@ Sampler = Callable[[Sequence[str], float], list[str]]
 # Shares of the comparisons by where they come from; the rest are pairs of an answer and a corruption of it.
 SAMPLED, DRAWN, REFUSED, TIED = 0.12, 0.18, 0.08, 0.42
 TEMPERATURES = (1.5, 1.2)  # of the two samples of a pair: hot, so that something goes wrong in them
-SHARPNESS = 6.0  # of the label: one step of three more is preferred with probability 0.88
+SHARPNESS = 2.5  # of the label: one step of three more is preferred with probability 0.70
 _DAMAGE = {"foreign": 0.20, "repeat": 0.20, "word": 0.15, "cut": 0.45}
 
 
