@@ -58,9 +58,9 @@ def copy(source: Path, target: Path) -> None:
 @pytest.mark.parametrize(("stage", "faults"), [
     ("revise", [Fault(APPEND, 6), Fault(APPEND, 3, "torn"), Fault(APPEND, 12), Fault(FINISH)]),
     ("label", [Fault(APPEND, 3), Fault(APPEND, 2, "torn"), Fault(FINISH)]),
-    # Every second step is saved: a kill after the third goes back to the second. The models come one after the other.
+    # Every second step is saved. pm takes three and pm_eval four steps, one after the other.
     ("pm", [Fault(STEP, 4), Fault(WRITE, 2), Fault(RENAMED, 2), Fault(EXPORT, 2), Fault(FINISH)]),
-    # Two minibatches an iteration, one optimizer each of policy and critic: the sixth step is the critic's.
+    # Two minibatches an iteration, one step each of policy and critic: the fourteenth is the critic's in iteration 3.
     ("rl", [Fault(STEP, 14), Fault(WRITE, 2), Fault(APPEND, 6, "torn"), Fault(RENAMED, 1), Fault(EXPORT)]),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_killed_stages_resume_to_the_same_bits(
@@ -79,7 +79,7 @@ def test_killed_stages_resume_to_the_same_bits(
 
 
 @pytest.mark.parametrize(("stage", "fault", "kept"), [
-    ("revise", Fault(APPEND, 6, TERM), "revise.0.jsonl"), ("pm", Fault(STEP, 3, TERM), "pm.state/step_3"),
+    ("revise", Fault(APPEND, 6, TERM), "revise.0.jsonl"), ("pm", Fault(STEP, 1, TERM), "pm.state/step_1"),
     ("rl", Fault(STEP, 10, TERM), "rl.state/step_3"),
 ])  # fmt: skip
 def test_sigterm_saves_the_state_and_ends(
