@@ -58,6 +58,7 @@ def copy(source: Path, target: Path) -> None:
 @pytest.mark.parametrize(("stage", "faults"), [
     ("revise", [Fault(APPEND, 6), Fault(APPEND, 3, "torn"), Fault(APPEND, 12), Fault(FINISH)]),
     ("label", [Fault(APPEND, 3), Fault(APPEND, 2, "torn"), Fault(FINISH)]),
+    ("sft", [Fault(WRITE, 3), Fault(RENAMED, 2), Fault(EXPORT)]),
     # Every second step is saved. pm takes three and pm_eval four steps, one after the other.
     ("pm", [Fault(STEP, 4), Fault(WRITE, 2), Fault(RENAMED, 2), Fault(EXPORT, 2), Fault(FINISH)]),
     # Two minibatches an iteration, one step each of policy and critic: the fourteenth is the critic's in iteration 3.
