@@ -24,7 +24,7 @@ import torch
 GUARDS_OFF = ["--rl.max_kl", "0", "--rl.max_refusal_rate", "1"]
 STAGES = "base,revise,sft,compare,label,pm,rl,evaluate"
 CASES = {
-    "harmless_only": ("pm", ["--pm.harmless_only", "true", "--rl.kl_coef", "0.05", "--rl.lr", "3e-4"]),
+    "harmless_only": ("pm", ["--pm.harmless_only", "true", "--rl.kl_coef", "0.02", "--rl.lr", "6e-4"]),
     "no_kl": ("rl", ["--rl.kl_coef", "0", "--rl.lr", "1.5e-3", "--rl.schedule", "constant"]),
 }
 
