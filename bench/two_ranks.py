@@ -35,7 +35,8 @@ def torchrun(
     ranks: int, words: Sequence[str], *, signals: int = 0, ready: Callable[[], bool] = bool
 ) -> tuple[int, str]:
     """Exit code and output of `torchrun train.py WORDS`; sends `signals` once `ready()`, SIGKILL to every process."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "cai_fast/train.py", *words]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    line += ["cai_fast/train.py", *words]  # standalone: on a free port, whoever else runs torchrun here
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
