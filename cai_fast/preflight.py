@@ -20,7 +20,7 @@ def check(config: Config) -> list[str]:
     lines = [_check_constitution(config)]
     if {"revise", "rl"} & set(config.stages):
         lines += [_check_prompts(config, kind) for kind in ("red_team", "helpful")]
-    if "pm" in config.stages and config.data.preferences not in ("", TOY):
+    if "compare" in config.stages and config.data.preferences not in ("", TOY):
         rows, rejected = readers.read_comparisons(
             config.data.preferences, max_bad_fraction=config.data.max_bad_fraction
         )

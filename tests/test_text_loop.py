@@ -57,6 +57,10 @@ def test_every_file_is_there_and_the_folder_is_private(run: Path) -> None:
     assert list(stages) == list(STAGES) and {s["status"] for s in stages.values()} == {"finished"}
 
 
+def judged(run: Path) -> list[Comparison]:
+    return [row for row in rows(run, "comparisons") if row.source == "ai"]
+
+
 def test_records_parse_and_refer_to_each_other(run: Path) -> None:
     found = {name: rows(run, name) for name in ROWS}
     for name, parsed in found.items():
@@ -66,9 +70,9 @@ def test_records_parse_and_refer_to_each_other(run: Path) -> None:
         (kind, split) for kind in ("red_team", "helpful") for split in ("train", "eval")
     }
     assert any(len(p.turns) == 3 for p in prompts.values())
-    for name, kinds in (("revisions", {"red_team"}), ("comparisons", {"red_team"}), ("helpful", {"helpful"}),
-                        ("rollouts", {"red_team", "helpful"})):  # fmt: skip
-        used = [prompts[row.prompt_id] for row in found[name]]
+    for used_by, kinds in ((found["revisions"], {"red_team"}), (judged(run), {"red_team"}),
+                           (found["helpful"], {"helpful"}), (found["rollouts"], {"red_team", "helpful"})):  # fmt: skip
+        used = [prompts[row.prompt_id] for row in used_by]
         assert {p.kind for p in used} == kinds and {p.split for p in used} == {"train"}
     assert {row.comparison_id for row in found["labels"]} == {row.id for row in found["comparisons"]}
     assert {p.id for r in found["revisions"] for p in r.rounds if not p.principle.startswith("harm")} == set()
@@ -85,7 +89,12 @@ def test_counts_add_up(run: Path) -> None:
     assert all(len(c.rounds) == 2 for c in chains if c.kept)
     pairs = summary(run, "compare")
     assert pairs["requested"] == 40 == pairs["kept"] + sum(pairs["rejected"].values())
-    assert pairs["kept"] == len(rows(run, "comparisons"))
+    assert pairs["kept"] == len(judged(run))
+    given = [row for row in rows(run, "comparisons") if row.source == "human"]
+    assert pairs["helpfulness"]["kept"] == len(given) > 0 and {row.kind for row in given} == {"helpful"}
+    assert {row.split for row in given} == {"train", "eval"}
+    labels = {row.comparison_id: row for row in rows(run, "labels")}
+    assert all(labels[row.id].prob_a == row.provenance["prob_a"] for row in given)
     assert summary(run, "label")["requested"] == summary(run, "label")["kept"] == pairs["kept"]
     trained = summary(run, "sft")
     assert trained["examples"] == 2 * made["kept"] + made["helpful_kept"]
@@ -101,7 +110,7 @@ def test_tokens_belong_to_their_texts(run: Path) -> None:
             ids = tokens[f"{chain.id}/{index}"][0]
             assert ids[-1] == tokenizer.eos_id and tokenizer.decode(ids[:-1]).strip() == text
     pairs = records.read_tokens(run / "tokens" / "comparisons.safetensors")
-    assert set(pairs) == {f"{c.id}/{side}" for c in rows(run, "comparisons") for side in "ab"}
+    assert set(pairs) == {f"{c.id}/{side}" for c in judged(run) for side in "ab"}
 
 
 def test_provenance_of_every_generated_row(run: Path) -> None:
@@ -113,6 +122,8 @@ def test_provenance_of_every_generated_row(run: Path) -> None:
         draws = []
         for row in rows(run, name):
             source = row.provenance
+            if "file" in source or "from" in source:
+                continue  # made elsewhere
             assert source["model"] == writer and source["constitution"] == given and source["template"]
             assert source["parents"] == [row.comparison_id if name == "labels" else row.prompt_id]
             assert name == "labels" or set(source["sampling"]) == {f.name for f in dataclasses.fields(Sampling)}
@@ -163,7 +174,7 @@ def test_preference_models_load_in_transformers_with_equal_scores(run: Path, nam
     renderer = Renderer(tokenizer, constitution.load(_constitution(run)))
     prompts = {p.id: p.turns for p in rows(run, "prompts")}
     sequences = [renderer.preference(prompts[c.prompt_id], renderer.response_ids(c.response_a))
-                 for c in rows(run, "comparisons")[:4]]  # fmt: skip
+                 for c in judged(run)[:4]]  # fmt: skip
     assert all(ids[-1] == tokenizer.eoc_id for ids in sequences)
     padded = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(ids) for ids in sequences], batch_first=True, padding_value=tokenizer.pad_id

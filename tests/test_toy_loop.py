@@ -45,6 +45,8 @@ def test_no_stage_trains_on_the_held_out_prompts(folder: Path) -> None:
     for name in ("revisions", "helpful", "comparisons", "rollouts"):
         used = {json.loads(line)["prompt_id"] for line in (folder / f"{name}.jsonl").read_text().splitlines()}
         assert used and not used & held_out, name
+    comparisons = [json.loads(line) for line in (folder / "comparisons.jsonl").read_text().splitlines()]
+    assert {(row["kind"], row["source"]) for row in comparisons} == {("harmless", "ai"), ("helpful", "corpus")}
     preferences = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
     assert not {row["turns"][-1]["text"] for row in preferences} & texts
 

@@ -24,7 +24,7 @@ from cai_fast.pipeline import Context
 from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision, Rollout, Round, Turn
 from cai_fast.rundir import RunDir
 from cai_fast.runlog import RunLog
-from cai_fast.stages import pm, rl, sft
+from cai_fast.stages import compare, label, pm, rl, sft
 from cai_fast.tokenizer import Tokenizer
 
 PROMPTS = [
@@ -99,6 +99,11 @@ def open_run(folder: Path, base: Path, **changes: Any) -> Context:
     ctx = pipeline.open_context(cfg, run, RunLog(folder / "metrics.jsonl"), alone())
     if fresh:
         write_inputs(folder, base)
+        helpful, malformed = compare.helpfulness(ctx)
+        assert (len(helpful), malformed) == (40 if cfg.data.preferences else 0, 0)
+        for name, rows in (("comparisons", helpful), ("labels", [label.given(row) for row in helpful])):
+            with (folder / f"{name}.jsonl").open("a") as handle:
+                handle.writelines(json.dumps(row.to_json()) + "\n" for row in rows)
         outputs = {
             "revise": ["prompts.jsonl", "revisions.jsonl", "helpful.jsonl", "tokens/revisions.safetensors"],
             "compare": ["comparisons.jsonl", "tokens/comparisons.safetensors"], "label": ["labels.jsonl"],
@@ -163,7 +168,7 @@ def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
     renderer = trained.renderer("pm_init")
     helpful, rejected = pm.helpful_pairs(trained, renderer)
     pairs = pm.harmless_pairs(trained, renderer) + helpful
-    assert rejected == {"malformed": 0, "over_long": 0, "held_out": 0}
+    assert rejected == {"over_long": 0, "held_out": 0}
     assert len(pairs) == 30 + 40
     sides: dict[str, set[tuple[str, bool]]] = {}
     for p in pairs:

@@ -155,7 +155,8 @@ def _chains(folder: Path, samples: int) -> list[dict[str, Any]]:
 def _comparisons(folder: Path, samples: int) -> list[dict[str, Any]]:
     prompts = {p.id: p for p in _rows(folder / "prompts.jsonl", Prompt)}
     labels = {row.comparison_id: row for row in _rows(folder / "labels.jsonl", Label)}
-    rows: list[Comparison] = [c for c in _rows(folder / "comparisons.jsonl", Comparison) if c.id in labels]
+    found: list[Comparison] = _rows(folder / "comparisons.jsonl", Comparison)
+    rows = [c for c in found if c.source == "ai" and c.id in labels]
     return [
         {"prompt": prompts[c.prompt_id].turns, "pair": c, "label": labels[c.id]}
         for c in _spread(rows, samples) if c.prompt_id in prompts

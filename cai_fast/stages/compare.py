@@ -1,16 +1,18 @@
-"""Stage compare: two answers to each red-team prompt, for the feedback model to judge.
+"""Stage compare: every comparison of the run: pairs of answers to judge, and helpfulness comparisons made elsewhere.
 
 Paper §4.1: SL-CAI generates both answers, so that the preference model's data matches the policy that RL starts from.
-With `compare.base_fraction` a share of the pairs has one answer of the base model, on a random side.
+With `compare.base_fraction` a share of the pairs has one answer of the base model, on a random side. Helpfulness
+comparisons (paper §4.2) come from data.preferences and keep their conversation and label in their provenance.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from cai_fast import pipeline, rng
+from cai_fast import pipeline, readers, rng
 from cai_fast.engine import Completion
-from cai_fast.pipeline import Context
+from cai_fast.pipeline import TOY, Context
 from cai_fast.records import Comparison, Prompt, content_id, write_jsonl, write_tokens
 
 OUTPUTS = ("comparisons.jsonl", "tokens/comparisons.safetensors")
@@ -19,7 +21,9 @@ OUTPUTS = ("comparisons.jsonl", "tokens/comparisons.safetensors")
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
     roles = ["sl_cai"] + (["base"] if ctx.config.compare.base_fraction else [])
-    return ctx.inputs("compare", files=["prompts.jsonl"], roles=roles)
+    preferences = ctx.config.data.preferences
+    files = ["prompts.jsonl"] + (["preferences.jsonl"] if preferences == TOY else [])
+    return ctx.inputs("compare", files=files, roles=roles) | {"preferences": pipeline.data_file_hash(preferences)}
 
 
 def run(ctx: Context) -> None:
@@ -36,15 +40,42 @@ def run(ctx: Context) -> None:
     summary: dict[str, Any] = {}
     if ctx.dist.is_main:
         kept = [row for row in rows.values() if row["reject_reason"] is None]
-        write_jsonl(ctx.run.path("comparisons.jsonl"), [Comparison.from_json(row["record"]) for row in kept])
+        helpful, malformed = helpfulness(ctx)
+        pairs = [Comparison.from_json(row["record"]) for row in kept]
+        write_jsonl(ctx.run.path("comparisons.jsonl"), pairs + helpful)
         tokens = {key: (ids, None) for row in kept for key, ids in row["tokens"].items()}
         write_tokens(ctx.run.path("tokens", "comparisons.safetensors"), tokens)
         rejected = Counter(row["reject_reason"] for row in rows.values() if row["reject_reason"])
         summary = {"requested": len(rows), "kept": len(kept), "rejected": dict(rejected)}
         if len(rows) != len(kept) + sum(rejected.values()):
             raise RuntimeError(f"compare: counts do not add up: {summary}")
+        summary["helpfulness"] = {"requested": len(helpful) + malformed, "kept": len(helpful), "malformed": malformed}
         ctx.log.info(f"compare: {summary}")
     ctx.run.finish("compare", list(OUTPUTS), summary)
+
+
+def helpfulness(ctx: Context) -> tuple[list[Comparison], int]:
+    """The comparisons of data.preferences, and how many of its rows are malformed.
+
+    `prompt_id` is that of the run's prompt with the same turns, where there is one. Files are split by their first turn
+    as prompt files are, so what `evaluate` asks is on split "eval"; the toy world writes none of that.
+    """
+    data = ctx.config.data
+    if not data.preferences:
+        return [], 0
+    toy = data.preferences == TOY
+    path = ctx.run.path("preferences.jsonl") if toy else Path(data.preferences)
+    rows, malformed = readers.read_comparisons(path, max_bad_fraction=data.max_bad_fraction)
+    known = {p.turns: p.id for p in pipeline.load_prompts(ctx)}
+    found: list[Comparison] = []
+    for number, row in enumerate(rows):
+        split = "train" if toy else readers.encode_split(row.turns[0].text, data.eval_fraction)
+        origin = {"file": path.name, "row": number, "turns": row.turns, "prob_a": row.prob_a}
+        found.append(Comparison(
+            content_id("comparison", path.name, number, row), known.get(row.turns) or content_id("helpful", row.turns),
+            "helpful", "corpus" if toy else "human", row.response_a, row.response_b, split, origin,
+        ))  # fmt: skip
+    return found, len(malformed)
 
 
 class Worker:

@@ -202,7 +202,8 @@ class Evaluation:
         labels = {row.comparison_id: row.prob_a for row in records.read_jsonl(ctx.run.path("labels.jsonl"), Label)}
         prompts = {p.id: p for p in pipeline.load_prompts(ctx)}
         comparisons: list[Comparison] = pipeline.load_comparisons(ctx)
-        return [(prompts[c.prompt_id], c.response_a, c.response_b, labels[c.id]) for c in comparisons if c.id in labels]
+        judged = [c for c in comparisons if c.source == "ai" and c.id in labels]
+        return [(prompts[c.prompt_id], c.response_a, c.response_b, labels[c.id]) for c in judged]
 
     def _harm_accuracy(self, pairs: Sequence[tuple[Prompt, str, str, float]]) -> dict[str, Any]:
         """How often P(first is better) is on the side of less harm, over pairs whose harm differs; calibration."""

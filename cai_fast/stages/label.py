@@ -30,7 +30,8 @@ def inputs(ctx: Context) -> dict[str, Any]:
 
 def run(ctx: Context) -> None:
     """Write labels.jsonl and the label statistics."""
-    comparisons = [c for c in pipeline.load_comparisons(ctx) if c.source == "ai"]
+    everything = pipeline.load_comparisons(ctx)
+    comparisons = [c for c in everything if c.source == "ai"]
     if not comparisons:
         raise InputError("label: comparisons.jsonl holds no AI comparison; run stage compare with more prompts.")
     cfg = ctx.config.label
@@ -53,7 +54,7 @@ def run(ctx: Context) -> None:
         labels = permuted(ctx, labels)
     summary["kept"] = len(labels)
     if ctx.dist.is_main:
-        write_jsonl(ctx.run.path("labels.jsonl"), labels)
+        write_jsonl(ctx.run.path("labels.jsonl"), labels + [given(c) for c in everything if c.source != "ai"])
         statistics["entropy"] = fmean(_entropy(label.prob_a) for label in labels)
         ctx.log.metrics("label", len(labels), {f"label/{name}": value for name, value in statistics.items()})
         summary |= statistics
@@ -71,6 +72,13 @@ def imported_labels(ctx: Context, comparisons: Sequence[Comparison]) -> list[Lab
             f"{path}: {len(missing)} of {len(comparisons)} comparisons have no label, e.g. comparison_id {missing[0]}."
         )
     return [Label(content_id("label", c.id), c.id, given[c.id], provenance={"from": path}) for c in comparisons]
+
+
+def given(comparison: Comparison) -> Label:
+    """The label that a comparison made elsewhere came with."""
+    origin = comparison.provenance
+    source = {"from": origin["file"], "row": origin["row"]}
+    return Label(content_id("label", comparison.id), comparison.id, origin["prob_a"], provenance=source)
 
 
 def permuted(ctx: Context, labels: Sequence[Label]) -> list[Label]:

@@ -20,7 +20,7 @@ from cai_fast.errors import InputError
 from cai_fast.fit import FitSettings, Task, fit
 from cai_fast.model import Model, ModelConfig
 from cai_fast.model.hf import read_config
-from cai_fast.pipeline import TOY, Context
+from cai_fast.pipeline import Context
 from cai_fast.prompts import fit_turns
 from cai_fast.records import Label, Turn
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -55,10 +55,7 @@ class Pair:
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
     files = ["prompts.jsonl", "comparisons.jsonl", "labels.jsonl", "tokens/comparisons.safetensors"]
-    preferences = ctx.config.data.preferences
-    if preferences == TOY:
-        files.append("preferences.jsonl")
-    return ctx.inputs("pm", files=files, roles=["pm_init"]) | {"preferences": pipeline.data_file_hash(preferences)}
+    return ctx.inputs("pm", files=files, roles=["pm_init"])
 
 
 def run(ctx: Context) -> None:
@@ -129,32 +126,30 @@ def harmless_pairs(ctx: Context, renderer: Renderer) -> list[Pair]:
 
 
 def helpful_pairs(ctx: Context, renderer: Renderer) -> tuple[list[Pair], dict[str, int]]:
-    """The helpfulness comparisons of data.preferences, and counts of unusable ones by reason."""
+    """The helpfulness comparisons, and counts of those left out by reason."""
     data = ctx.config.data
-    if not data.preferences:
-        return [], {}
-    path = ctx.run.path("preferences.jsonl") if data.preferences == TOY else data.preferences
-    rows, malformed = readers.read_comparisons(path, max_bad_fraction=data.max_bad_fraction)
+    labels = {row.comparison_id: row.prob_a for row in records.read_jsonl(ctx.run.path("labels.jsonl"), Label)}
+    rows = [row for row in pipeline.load_comparisons(ctx) if row.kind == "helpful"]
     pairs, over_long, held_out = [], 0, 0
     limit = ctx.config.model.max_len or ModelConfig.from_hf(read_config(ctx.folder("pm_init"))).max_position_embeddings
     for row in rows:
-        # Files are split by first turn alike, so this leaves out what `evaluate` asks; the toy world does so itself.
-        if data.preferences != TOY and readers.encode_split(row.turns[0].text, data.eval_fraction) == "eval":
+        if row.split == "eval":
             held_out += 1
             continue
-        turns = fit_turns(row.turns, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
+        said = tuple(Turn(**turn) for turn in row.provenance["turns"])
+        turns = fit_turns(said, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
         if turns is not None:
             ids = [renderer.preference(turns, renderer.response_ids(r)) for r in (row.response_a, row.response_b)]
         if turns is None or max(map(len, ids)) > limit:
             over_long += 1
             continue
-        pairs.append(Pair("helpful", row.turns, *ids, row.prob_a, ctx.config.pm.helpful_weight))
+        pairs.append(Pair("helpful", said, *ids, labels[row.id], ctx.config.pm.helpful_weight))
     if over_long > data.max_bad_fraction * len(rows):
         raise InputError(
-            f"{path}: {over_long} of {len(rows)} comparisons have a prompt longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens} or more than {limit} tokens in all; data.max_bad_fraction allows fewer"
+            f"pm: {over_long} of {len(rows)} helpfulness comparisons have a prompt longer than data.max_prompt_tokens "
+            f"= {data.max_prompt_tokens} or more than {limit} tokens in all; data.max_bad_fraction allows fewer"
         )
-    return pairs, {"malformed": len(malformed), "over_long": over_long, "held_out": held_out}
+    return pairs, {"over_long": over_long, "held_out": held_out}
 
 
 def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: int) -> int:
