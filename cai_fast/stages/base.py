@@ -9,7 +9,7 @@ from typing import Any
 
 from cai_fast import pipeline
 from cai_fast.pipeline import TOY, Context
-from cai_fast.records import Turn, write_jsonl
+from cai_fast.records import Turn, content_id, write_jsonl
 from cai_fast.toy import helpfulness, pretrain
 
 MAX_NEW_TOKENS = 48  # no answer of the grammar is longer
@@ -58,5 +58,11 @@ def _write_comparisons(ctx: Context) -> int:
         return [renderer.finish(c.token_ids, "response").text for c in done]
 
     rows = helpfulness.comparisons(ctx.config.seed, ctx.config.base.comparisons, sampler)
-    write_jsonl(ctx.run.path("preferences.jsonl"), rows)
-    return len(rows)
+    # A row is a function of the base model, the seed and its number: corpus and samples are drawn together.
+    made = {"model": ctx.model_hash("base"), "generator": "toy/helpfulness", "rng": [ctx.config.seed, "base"]}
+    found = [
+        {"id": content_id("preference", number, row), **row, "provenance": made | {"row": number}}
+        for number, row in enumerate(rows)
+    ]
+    write_jsonl(ctx.run.path("preferences.jsonl"), found)
+    return len(found)
