@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cai_fast import pipeline
+from cai_fast import pipeline, rng
 from cai_fast.constitution import Principle
 from cai_fast.engine import Completion, Sampling
 from cai_fast.pipeline import Context, Prefixes
@@ -29,7 +29,12 @@ class Chain:
     tokens: list[list[int]] = field(default_factory=list)
     rounds: list[dict[str, str]] = field(default_factory=list)
     few_shot: list[list[str]] = field(default_factory=list)
+    drawn: list[dict[str, rng.Parts]] = field(default_factory=list)  # by round: the key parts of every draw
     reject_reason: str | None = None
+
+    def key(self, name: str) -> int:
+        """RNG key of the draw of this name in the current round."""
+        return rng.key(*self.drawn[-1][name])
 
     def add(self, finished: Finished, reason: str | None, where: str) -> None:
         """Put a new response in place of the current one, or reject the chain."""
@@ -83,15 +88,14 @@ class Reviser:
 
     def _round(self, chains: list[Chain], number: int) -> None:
         """One critique-revision step for every chain that is still alive."""
-        ctx, renderer = self.ctx, self.renderer
-        principles = [
-            ctx.constitution.draw("critique", ctx.key("revise/principle", c.prompt.id, number)) for c in chains
-        ]
-        shots = [renderer.draw_few_shot(ctx.key("revise/few_shot", c.prompt.id, number)) for c in chains]
-        if not ctx.config.revise.few_shot:
-            shots = [-1] * len(chains)
+        ctx, renderer, cfg = self.ctx, self.renderer, self.ctx.config.revise
+        draws = ["principle", *(["few_shot"] * cfg.few_shot), *(["critique"] * cfg.critique), "revision"]
+        for c in chains:
+            c.drawn.append({name: ctx.key_parts(f"revise/{name}", c.prompt.id, number) for name in draws})
+        principles = [ctx.constitution.draw("critique", c.key("principle")) for c in chains]
+        shots = [renderer.draw_few_shot(c.key("few_shot")) if cfg.few_shot else -1 for c in chains]
         critiques = [""] * len(chains)
-        if ctx.config.revise.critique:
+        if cfg.critique:
             critiques = self._critiques(chains, principles, shots, number)
         for c, p, critique in zip(chains, principles, critiques, strict=True):
             c.rounds.append({"principle": p.id, "critique": critique, "revision": ""})
@@ -99,12 +103,12 @@ class Reviser:
         rendered = []
         for c, p, critique, shot in steps:
             turns, current = c.prompt.turns, c.responses[-1]
-            if ctx.config.revise.critique:
+            if cfg.critique:
                 rendered.append(renderer.revision(turns, current, p, critique, shot))
             else:
                 rendered.append(renderer.direct_revision(turns, current, p, shot))
                 c.few_shot.append(list(rendered[-1].few_shot_ids))
-        keys = [ctx.key("revise/revision", c.prompt.id, number) for c, *_ in steps]
+        keys = [c.key("revision") for c, *_ in steps]
         done = self.prefixes.generate(rendered, self.specs["revision"], keys)
         for (c, *_), completion in zip(steps, done, strict=True):
             finished, reason = self._finish(completion, "revision")
@@ -118,7 +122,7 @@ class Reviser:
         ]
         for c, r in zip(chains, rendered, strict=True):
             c.few_shot.append(list(r.few_shot_ids))
-        keys = [self.ctx.key("revise/critique", c.prompt.id, number) for c in chains]
+        keys = [c.key("critique") for c in chains]
         texts = []
         for c, completion in zip(chains, self.prefixes.generate(rendered, self.specs["critique"], keys), strict=True):
             finished, reason = self._finish(completion, "critique")
@@ -137,15 +141,18 @@ class Reviser:
             rounds=(),
             kept=chain.reject_reason is None,
             reject_reason=chain.reject_reason,
-            provenance=self._provenance(self.specs["revision"], prompt.id, "revise/*") | {"few_shot": chain.few_shot},
+            provenance=self._provenance(
+                self.specs["revision"],
+                prompt.id,
+                few_shot=chain.few_shot,
+                rng={"response": self.ctx.key_parts("revise/response", prompt.id), "rounds": chain.drawn},
+            ),
         )
         tokens = {f"{record.id}/{k}": ids for k, ids in enumerate(chain.tokens)}
         return {"id": prompt.id, "record": record.to_json() | {"rounds": chain.rounds}, "tokens": tokens}
 
-    def _provenance(self, spec: Sampling, parent: str, key_stage: str) -> dict[str, Any]:
-        return pipeline.provenance(
-            self.ctx, "assistant", self.renderer, spec, parents=[parent], rng=[self.ctx.config.seed, key_stage, parent]
-        )
+    def _provenance(self, spec: Sampling, parent: str, **more: Any) -> dict[str, Any]:
+        return pipeline.provenance(self.ctx, "assistant", self.renderer, spec, parents=[parent], **more)
 
     def helpful(self, items: Sequence[tuple[Prompt, str]]) -> Iterator[dict[str, Any]]:
         """Plain samples for helpful prompts; `items` are (prompt, '<prompt id>/<sample number>')."""
@@ -153,8 +160,8 @@ class Reviser:
         answers = self.answer([p for p, _ in items], "revise/helpful", draws)
         for (prompt, item), draw, (finished, reason) in zip(items, draws, answers, strict=True):
             identity = content_id("helpful", item)
-            source = self._provenance(self.specs["response"], prompt.id, "revise/helpful")
-            source["rng"].append(draw)
+            keys = self.ctx.key_parts("revise/helpful", prompt.id, draw)
+            source = self._provenance(self.specs["response"], prompt.id, rng=keys)
             record = Helpful(identity, prompt.id, finished.text, source)
             yield {
                 "id": item,

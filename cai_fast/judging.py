@@ -30,8 +30,10 @@ class Question:
     number: int
     order: int
     few_shot: int
+    drawn: dict[str, rng.Parts]  # the key parts of principle, few-shot block and order, as far as they are drawn
     few_shot_ids: tuple[str, ...] = ()
     cot: list[str] = field(default_factory=list)
+    cot_drawn: list[rng.Parts] = field(default_factory=list)  # the key parts of each chain of thought
     probs: list[float] = field(default_factory=list)
     masses: list[float] = field(default_factory=list)
 
@@ -75,16 +77,16 @@ class Judge:
 
     def _questions(self, comparison: Comparison, turns: tuple[Turn, ...]) -> list[Question]:
         """The questions of one comparison: `label.principles` draws with replacement, in the configured orders."""
-        key = self.ctx.key
+        orders = ORDERS.get("both" if self.measuring else self.cfg.orders, ())
+        names = ["principle", *(["few_shot"] * self.cfg.few_shot), *(["order"] * (not orders))]
         questions = []
         for number in range(self.cfg.principles):
-            principle = self.ctx.constitution.draw("comparison", key("label/principle", comparison.id, number))
-            shot = -1
-            if self.cfg.few_shot:
-                shot = self.renderer.draw_few_shot(key("label/few_shot", comparison.id, number))
-            chosen = "both" if self.measuring else self.cfg.orders
-            orders = ORDERS.get(chosen) or (rng.choice(key("label/order", comparison.id, number), 2),)
-            questions += [Question(comparison, turns, principle, number, order, shot) for order in orders]
+            drawn = {name: self.ctx.key_parts(f"label/{name}", comparison.id, number) for name in names}
+            keys = {name: rng.key(*parts) for name, parts in drawn.items()}
+            principle = self.ctx.constitution.draw("comparison", keys["principle"])
+            shot = self.renderer.draw_few_shot(keys["few_shot"]) if self.cfg.few_shot else -1
+            for order in orders or (rng.choice(keys["order"], 2),):
+                questions.append(Question(comparison, turns, principle, number, order, shot, drawn))
         return questions
 
     def _read_options(self, questions: Sequence[Question], rendered: Sequence[Rendered]) -> None:
@@ -99,7 +101,10 @@ class Judge:
         """Sample chains of thought, read the answer after each; several samples are averaged (paper §2)."""
         rendered = [self.renderer.cot(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
         for sample in range(self.cfg.cot_samples):
-            keys = [self.ctx.key("label/cot", f"{q.comparison.id}/{q.number}/{q.order}", sample) for q in questions]
+            for q in questions:
+                where = f"{q.comparison.id}/{q.number}/{q.order}"
+                q.cot_drawn.append(self.ctx.key_parts("label/cot", where, sample))
+            keys = [rng.key(*q.cot_drawn[-1]) for q in questions]
             completions = self.prefixes.generate(rendered, self.spec, keys)
             answered = []
             for question, prompt, completion in zip(questions, rendered, completions, strict=True):
@@ -141,10 +146,16 @@ class Judge:
         source = pipeline.provenance(
             self.ctx, self.role, self.renderer, self.spec if self.cfg.cot else None, parents=[c.id],
             few_shot=[list(q.few_shot_ids) for q in asked], option_mass=fmean(m for q in asked for m in q.masses),
-            rng=[self.ctx.config.seed, "label/*", c.id],
+            rng=[self._keys([q for q in asked if q.number == number]) for number in range(self.cfg.principles)],
         )  # fmt: skip
         record = Label(content_id("label", c.id), c.id, prob_a, (), clamp, source).to_json()
         return Label.from_json(record | {"per_principle": per_principle})
+
+    @staticmethod
+    def _keys(asked: list[Question]) -> dict[str, Any]:
+        """The key parts behind one drawn principle; those of the chains of thought in the order of their texts."""
+        thoughts = [parts for q in asked for parts in q.cot_drawn]
+        return asked[0].drawn | ({"cot": thoughts} if thoughts else {})
 
     def _clamp(self) -> tuple[float, float] | None:
         if self.measuring:

@@ -157,7 +157,11 @@ class Context:
 
     def key(self, stage: str, sample_id: str, draw: int = 0) -> int:
         """RNG key of one draw: independent of batch, rank and time."""
-        return rng.key(self.config.seed, stage, sample_id, draw)
+        return rng.key(*self.key_parts(stage, sample_id, draw))
+
+    def key_parts(self, stage: str, sample_id: str, draw: int = 0) -> rng.Parts:
+        """The arguments of `rng.key` for that draw, as provenance holds them."""
+        return [self.config.seed, stage, sample_id, draw]
 
 
 def open_context(config: Config, run: RunDir, log: RunLog, dist: Distributed) -> Context:

@@ -13,7 +13,7 @@ import textworld
 from planted import PlantedEngine
 from tiny import alone
 
-from cai_fast import records
+from cai_fast import records, rng
 from cai_fast.chains import Reviser, defect, repetition
 from cai_fast.engine import Completion
 from cai_fast.pipeline import Context
@@ -138,6 +138,21 @@ def test_principles_are_drawn_evenly_with_replacement_and_logged(open_run: Any, 
     assert [tuple(step.principle for step in chain.rounds) for chain in again] == drawn[::-1]
     other = chains(open_run(revise__rounds=2, revise__few_shot=False, seed=1), prompts(400))
     assert [tuple(step.principle for step in chain.rounds) for chain in other] != drawn
+
+
+def test_provenance_alone_gives_every_key(open_run: Any, plant: Any) -> None:
+    engines = plant(numbered())
+    ctx = open_run(revise__rounds=3)
+    found = {chain.prompt_id: chain for chain in chains(ctx, prompts(2))}
+    keys = [chain.provenance["rng"] for chain in found.values()]
+    steps = [[k["response"] for k in keys]]
+    steps += [[k["rounds"][n][name] for k in keys] for n in range(3) for name in ("critique", "revision")]
+    assert engines[0].keys == [rng.key(*parts) for step in steps for parts in step]
+    for chain in found.values():
+        drawn = [rng.key(*step["principle"]) for step in chain.provenance["rng"]["rounds"]]
+        assert [ctx.constitution.draw("critique", key).id for key in drawn] == [r.principle for r in chain.rounds]
+    (plain,) = chains(open_run(revise__rounds=1, revise__critique=False, revise__few_shot=False), prompts(1))
+    assert set(plain.provenance["rng"]["rounds"][0]) == {"principle", "revision"}
 
 
 def test_direct_revision_asks_for_no_critique(open_run: Any, plant: Any) -> None:

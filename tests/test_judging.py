@@ -14,7 +14,7 @@ from planted import PlantedEngine
 from tiny import alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cai_fast import records
+from cai_fast import records, rng
 from cai_fast.errors import InputError
 from cai_fast.judging import Judge
 from cai_fast.pipeline import Context, Prefixes
@@ -181,6 +181,21 @@ def test_chain_of_thought_is_read_after_the_reasoning(open_run: Any, monkeypatch
         assert view.cot == tuple(f"Thought number {m}." for m in (*ab, *ba))
         assert view.prob_a_ab == pytest.approx(0.5 + sum(ab) / 200, rel=1e-6)
         assert view.prob_a_ba == pytest.approx(0.5 - sum(ba) / 200, rel=1e-6)
+
+
+def test_provenance_alone_gives_every_key(open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = open_run(label__principles=3, label__orders="random", label__cot=True, label__cot_samples=2)
+    labels, engine = judged(ctx, monkeypatch)
+    sampled = []
+    for row in labels:
+        for view, keys in zip(row.per_principle, row.provenance["rng"], strict=True):
+            assert ctx.constitution.draw("comparison", rng.key(*keys["principle"])).id == view.principle
+            assert rng.choice(rng.key(*keys["order"]), 2) == (view.prob_a_ab is None)
+            assert "few_shot" in keys
+            sampled.append([rng.key(*parts) for parts in keys["cot"]])
+    assert engine.keys == [keys[sample] for sample in (0, 1) for keys in sampled]
+    (plain, *_), _ = judged(open_run(label__few_shot=False), monkeypatch)
+    assert [set(keys) for keys in plain.provenance["rng"]] == [{"principle"}]
 
 
 def test_a_real_judge_reads_what_the_paper_asks(open_run: Any, inputs: Path) -> None:
