@@ -113,8 +113,14 @@ def _stage(ctx: "Context", name: str) -> bool:
 
 def _say(text: str, stream: TextIO | None = None) -> None:
     """Print on the one process that talks to the user."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    stream = stream or sys.stdout
+    try:
         print(text, file=stream, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
+        with open(os.devnull, "w") as nowhere:  # else Python complains when it flushes what is left at its end
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 if __name__ == "__main__":

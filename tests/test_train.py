@@ -131,6 +131,15 @@ def test_only_the_first_process_speaks() -> None:
     assert (other.returncode, other.stdout, other.stderr) == (2, b"", b"")
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "cai_fast" / "train.py"), "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_the_file_starts_from_any_folder_and_hides_top_level_kernels(tmp_path: Path) -> None:
     code = (
         "import runpy, sys, importlib.util; sys.argv = ['train.py', '--help']\n"
