@@ -1,7 +1,8 @@
 """cai_fast.kernels: the operations in which the time, the memory or the exactness of training is decided.
 
 Every operation has backends behind one name: `reference` (a textbook oracle for tests), `chunked` (torch in bounded
-memory); `auto` chooses, and the environment variable CAI_FAST_KERNELS overrides `auto`.
+memory), `triton` (own GPU kernels, in kernels/triton/, imported at the first use); `auto` takes triton on CUDA where
+there is one and chunked elsewhere, and the environment variable CAI_FAST_KERNELS overrides `auto`.
 """
 
 from .attention import merge_attention, paged_attention

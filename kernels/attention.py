@@ -56,7 +56,7 @@ def paged_attention(
             f"paged_attention: expected query [B, Hq, D] and pages [pages, Hkv, page_size, D], got "
             f"{list(query.shape)}, {list(k_pages.shape)}, {list(v_pages.shape)}"
         )
-    implementation = select("paged_attention", _IMPLEMENTATIONS, backend)
+    implementation = select("paged_attention", _IMPLEMENTATIONS, backend, query.device)
     dtype = accumulate_dtype(query.dtype)
     table = block_table.clamp_min(0).long()
     keys, values = (pages[table].transpose(1, 2).flatten(2, 3).to(dtype) for pages in (k_pages, v_pages))

@@ -52,7 +52,7 @@ def rms_norm(
 
     x, residual [..., H], weight [H]. With a residual: (norm of x + residual, x + residual).
     """
-    implementation = select("rms_norm", _RMS_NORM, backend)
+    implementation = select("rms_norm", _RMS_NORM, backend, x.device)
     if residual is None:
         return implementation(x, weight, eps)
     x = x + residual
@@ -98,7 +98,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto
 
     q [T, Hq, D], k [T, Hkv, D]; cos, sin [T, D/2], or [T, D] whose halves repeat, for each token's position.
     """
-    implementation = select("rope", _ROPE, backend)
+    implementation = select("rope", _ROPE, backend, q.device)
     half = q.shape[-1] // 2
     cos, sin = (table[:, None, :half].to(q.dtype) for table in (cos, sin))
     return implementation(q, cos, sin), implementation(k, cos, sin)
@@ -134,4 +134,4 @@ _SWIGLU = {"reference": _swiglu_reference, "chunked": _swiglu_chunked}
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020); gate and up of one shape."""
-    return select("swiglu", _SWIGLU, backend)(gate, up)
+    return select("swiglu", _SWIGLU, backend, gate.device)(gate, up)

@@ -4,9 +4,12 @@ Shapes: N rows (tokens), H hidden, V vocabulary, C rows of one chunk. Logits and
 (fp64 for fp64 inputs, which is how the tests check gradients).
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,13 +30,40 @@ _CPU_ELEMENTS = 2**19
 _CUDA_ROWS = 2048
 
 
-def select(op: str, implementations: Mapping[str, _F], backend: str) -> _F:
-    """The implementation of `op`. `auto` is what CAI_FAST_KERNELS names, else the fastest one there is."""
+def lazy_triton(module: str, name: str) -> Callable:
+    """`name` of kernels/triton/`module`.py, imported at the first call: importing the package needs no triton."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f".triton.{module}", __package__), name)(*args)
+
+    return call
+
+
+@cache
+def _has_triton() -> bool:
+    spec = importlib.util.find_spec("triton")
+    return spec is not None and spec.origin is not None  # a mere folder of that name has no origin
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def select(op: str, implementations: Mapping[str, _F], backend: str, device: torch.device) -> _F:
+    """The implementation of `op` for tensors on `device`.
+
+    `auto` is what CAI_FAST_KERNELS names, else triton on CUDA and chunked elsewhere. Triton works on CPU tensors only
+    in its interpreter, which is slow and asked for by TRITON_INTERPRET=1 before triton is imported.
+    """
     if backend == "auto":
         backend = os.environ.get(BACKEND_VARIABLE) or "auto"
     if backend == "auto":
-        backend = "chunked"
+        on_gpu = device.type == "cuda" and "triton" in implementations and _has_triton()
+        backend = "triton" if on_gpu else "chunked"
     if backend in implementations:
+        if backend == "triton" and not (_has_triton() and (device.type == "cuda" or _interpreted())):
+            reason = f"needs CUDA tensors, got {device.type}" if _has_triton() else "needs the package triton"
+            raise ValueError(f"{op}: backend 'triton' {reason}")
         return implementations[backend]
     available = ", ".join(sorted(implementations))
     if backend in BACKENDS:

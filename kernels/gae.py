@@ -51,7 +51,7 @@ def gae(
     """
     if rewards.shape != values.shape or rewards.dim() != 1:
         raise ValueError(f"gae: expected rewards and values [T], got {list(rewards.shape)} and {list(values.shape)}")
-    implementation = select("gae", _IMPLEMENTATIONS, backend)
+    implementation = select("gae", _IMPLEMENTATIONS, backend, values.device)
     dtype = accumulate_dtype(values.dtype)
     rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
     if values.shape[0] == 0:

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     left out before any matrix product. scale is the global 1/count: nothing divides later.
     """
     check_head("linear_cross_entropy", hidden, weight, targets=targets, weights=weights)
-    implementation = select("linear_cross_entropy", _IMPLEMENTATIONS, backend)
+    implementation = select("linear_cross_entropy", _IMPLEMENTATIONS, backend, hidden.device)
     index = kept_rows(targets, weight.shape[0], weights)
     dtype = accumulate_dtype(hidden.dtype)
     weights = torch.ones(targets.shape, dtype=dtype, device=hidden.device) if weights is None else weights.to(dtype)

@@ -158,7 +158,7 @@ def linear_kl(
             f"{list(weight.shape)}, ref_hidden {list(ref_hidden.shape)}, ref_weight {list(ref_weight.shape)}"
         )
     check_temperature("linear_kl", temperature)
-    implementation = select("linear_kl", _IMPLEMENTATIONS, backend)
+    implementation = select("linear_kl", _IMPLEMENTATIONS, backend, hidden.device)
     clamped = None if targets is None else targets.clamp(0, weight.shape[0] - 1)
     result = LinearKL(*implementation(_Inputs(hidden, weight, ref_hidden, ref_weight, clamped), temperature))
     if targets is None:

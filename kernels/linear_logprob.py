@@ -125,6 +125,6 @@ def linear_logprob(
     """
     check_head("linear_logprob", hidden, weight, targets=targets)
     check_temperature("linear_logprob", temperature)
-    implementation = select("linear_logprob", _IMPLEMENTATIONS, backend)
+    implementation = select("linear_logprob", _IMPLEMENTATIONS, backend, hidden.device)
     valid = (targets >= 0) & (targets < weight.shape[0])
     return implementation(hidden, weight, targets.clamp(0, weight.shape[0] - 1), valid, temperature, entropy)

@@ -144,7 +144,7 @@ def linear_policy_loss(
         raise ValueError(f"{op}: kl_estimator must be 'k2' or 'k3', got {kl_estimator!r}{hint}")
     if kl_coef and ref_logprob is None:
         raise ValueError(f"{op}: kl_coef = {kl_coef} needs ref_logprob")
-    implementation = select(op, _IMPLEMENTATIONS, backend)
+    implementation = select(op, _IMPLEMENTATIONS, backend, hidden.device)
     index = kept_rows(targets, weight.shape[0], weights)
     dtype = accumulate_dtype(hidden.dtype)
     if weights is None:

@@ -55,7 +55,7 @@ def score_options(hidden: Tensor, weight: Tensor, option_ids: Tensor, *, backend
             f"score_options: expected hidden [B, H], weight [V, H], option_ids [K, G], got {list(hidden.shape)}, "
             f"{list(weight.shape)}, {list(option_ids.shape)}"
         )
-    return select("score_options", _SCORE, backend)(hidden, weight, option_ids.to(hidden.device))
+    return select("score_options", _SCORE, backend, hidden.device)(hidden, weight, option_ids.to(hidden.device))
 
 
 def preference_labels(logprob: Tensor, *, clamp: tuple[float, float] | None = None) -> PreferenceLabels:
