@@ -8,7 +8,7 @@ from typing import Any
 from cai_fast import pipeline, rng
 from cai_fast.constitution import Principle
 from cai_fast.engine import Completion, Sampling
-from cai_fast.pipeline import Context, Prefixes
+from cai_fast.pipeline import Context, KeyParts, Prefixes
 from cai_fast.records import Helpful, Prompt, Revision, content_id
 from cai_fast.tokenizer import Finished, Renderer
 
@@ -29,7 +29,7 @@ class Chain:
     tokens: list[list[int]] = field(default_factory=list)
     rounds: list[dict[str, str]] = field(default_factory=list)
     few_shot: list[list[str]] = field(default_factory=list)
-    drawn: list[dict[str, rng.Parts]] = field(default_factory=list)  # by round: the key parts of every draw
+    drawn: list[dict[str, KeyParts]] = field(default_factory=list)  # by round: the key parts of every draw
     reject_reason: str | None = None
 
     def key(self, name: str) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from cai_fast import kernels, pipeline, rng
 from cai_fast.constitution import Principle
-from cai_fast.pipeline import Context, Prefixes
+from cai_fast.pipeline import Context, KeyParts, Prefixes
 from cai_fast.records import Comparison, Label, Turn, content_id
 from cai_fast.tokenizer import Rendered
 
@@ -30,10 +30,10 @@ class Question:
     number: int
     order: int
     few_shot: int
-    drawn: dict[str, rng.Parts]  # the key parts of principle, few-shot block and order, as far as they are drawn
+    drawn: dict[str, KeyParts]  # the key parts of principle, few-shot block and order, as far as they are drawn
     few_shot_ids: tuple[str, ...] = ()
     cot: list[str] = field(default_factory=list)
-    cot_drawn: list[rng.Parts] = field(default_factory=list)  # the key parts of each chain of thought
+    cot_drawn: list[KeyParts] = field(default_factory=list)  # the key parts of each chain of thought
     probs: list[float] = field(default_factory=list)
     masses: list[float] = field(default_factory=list)
 

@@ -21,7 +21,6 @@ from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
-from cai_fast.prompts import fit_turns
 from cai_fast.records import Comparison, Journal, Prompt
 from cai_fast.rundir import RunDir, hash_file, hash_model
 from cai_fast.runlog import RunLog
@@ -29,6 +28,7 @@ from cai_fast.tokenizer import Options, Rendered, Renderer, Tokenizer
 
 TOY = "toy"
 CHECKPOINTS = "checkpoints"
+KeyParts = list[int | str]  # what an RNG key is made of: seed, stage, sample id, draw
 TABLE = ("harm", "helpful", "evasive", "objection", "malformed", "refusal_rate", "pm_score", "kl", "length")
 
 
@@ -125,6 +125,11 @@ class Context:
         return engine
 
     def log_work(self, stage: str, step: int, seconds: float) -> None:
+        """Collective: log `work`, if there was any."""
+        if values := self.work(seconds):
+            self.log.metrics(stage, step, values)
+
+    def work(self, seconds: float) -> dict[str, float]:
         """Collective: work counters of the engines used since the last call (design.md §5), over all ranks."""
         counts = dict.fromkeys(COUNTERS, 0.0)
         for engine in self.engines:
@@ -133,17 +138,17 @@ class Context:
                 engine.counters[name] = 0
         counts = self.dist.all_reduce_sum(counts | {"seconds": seconds})
         if not counts["trunk_tokens"]:
-            return
+            return {}
         generated = max(1.0, counts["generated_tokens"])
         minimum = counts["prefill_tokens"] + counts["generated_tokens"]
-        self.log.metrics(stage, step, {
+        return {
             "perf/tokens_per_s": minimum * self.dist.world / counts["seconds"],
             "perf/trunk_over_minimum": counts["trunk_tokens"] / minimum,
             "perf/padding_tokens": counts["padding_tokens"],
             "perf/head_rows_per_token": counts["head_rows"] / generated,
             "perf/kv_bytes_per_token": counts["kv_bytes"] / generated,
             "perf/host_syncs_per_token": counts["host_syncs"] / generated,
-        })  # fmt: skip
+        }
 
     def inputs(self, stage: str, *, files: Sequence[str] = (), roles: Sequence[str] = ()) -> dict[str, Any]:
         """Fingerprint of all that `stage` depends on: settings, constitution, models, files of earlier stages."""
@@ -159,7 +164,7 @@ class Context:
         """RNG key of one draw: independent of batch, rank and time."""
         return rng.key(*self.key_parts(stage, sample_id, draw))
 
-    def key_parts(self, stage: str, sample_id: str, draw: int = 0) -> rng.Parts:
+    def key_parts(self, stage: str, sample_id: str, draw: int = 0) -> KeyParts:
         """The arguments of `rng.key` for that draw, as provenance holds them."""
         return [self.config.seed, stage, sample_id, draw]
 
@@ -207,43 +212,6 @@ def take(ctx: Context, prompts: Sequence[Prompt], name: str, count: int) -> list
         return list(prompts)
     order = rng.permutation(ctx.key("take", name), len(prompts))
     return [prompts[index] for index in sorted(order[:count])]
-
-
-def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
-    """The run's prompts; from the sources, written to prompts.jsonl."""
-    kept: list[Prompt] = []
-    data = ctx.config.data
-    for kind, count in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
-        prompts, rejected = prompt_source(ctx, kind)
-        for bad in rejected[:5]:
-            ctx.log.warn(f"{kind} prompts, line {bad.line}: {bad.reason}")
-        train = take(ctx, [p for p in prompts if p.split == "train"], kind, count)
-        chosen = train + [p for p in prompts if p.split == "eval"]
-        fitting = [fitted for p in chosen if (fitted := _fit(p, renderer, data)) is not None]
-        over_long = len(chosen) - len(fitting)
-        total = len(chosen) + len(rejected)
-        if over_long + len(rejected) > data.max_bad_fraction * total:
-            raise InputError(
-                f"{kind} prompts: {over_long} longer than data.max_prompt_tokens = {data.max_prompt_tokens} and "
-                f"{len(rejected)} malformed of {total}, more than data.max_bad_fraction = {data.max_bad_fraction}."
-            )
-        if not any(p.split == "train" for p in fitting):
-            raise InputError(f"{kind} prompts: none left to train on (of {total} rows).")
-        ctx.log.info(f"{kind} prompts: {len(fitting)} used, {over_long} over-long, {len(rejected)} malformed rows")
-        kept += fitting
-    if ctx.dist.is_main:
-        records.write_jsonl(ctx.run.path("prompts.jsonl"), kept)
-    return kept
-
-
-def _fit(prompt: Prompt, renderer: Renderer, data: Any) -> Prompt | None:
-    """The prompt within data.max_prompt_tokens, shortened by oldest turns where allowed; None if it cannot be."""
-    turns = fit_turns(prompt.turns, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
-    if turns is None:
-        return None
-    if tuple(turns) == prompt.turns:
-        return prompt
-    return Prompt(prompt.id, prompt.kind, tuple(turns), prompt.source, prompt.split)
 
 
 def load_prompts(ctx: Context, *, kind: str | None = None, split: str | None = None) -> list[Prompt]:

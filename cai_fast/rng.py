@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
 KEY_MASK = (1 << 63) - 1  # keys are kept as int64 tensors
-Parts = list[int | str]  # what a key is made of: seed, stage, sample id, draw
 
 
 def key(seed: int, stage: str, sample_id: str, draw: int = 0) -> int:

@@ -11,8 +11,11 @@ from typing import Any
 
 from cai_fast import pipeline
 from cai_fast.chains import Reviser
+from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
+from cai_fast.prompts import fit_turns
 from cai_fast.records import Helpful, Prompt, Revision, write_jsonl, write_tokens
+from cai_fast.tokenizer import Renderer
 
 OUTPUTS = ("prompts.jsonl", "revisions.jsonl", "helpful.jsonl", "tokens/revisions.safetensors")
 
@@ -29,7 +32,7 @@ def run(ctx: Context) -> None:
     """Write prompts.jsonl, revisions.jsonl, helpful.jsonl and the token side file."""
     worker = Reviser(ctx)
     cfg = ctx.config.revise
-    prompts = pipeline.prepare_prompts(ctx, worker.renderer)
+    prompts = prepare_prompts(ctx, worker.renderer)
     train = [p for p in prompts if p.split == "train"]
     red_team = pipeline.take(ctx, [p for p in train if p.kind == "red_team"], "revise", cfg.num_red_team)
     helpful = pipeline.take(ctx, [p for p in train if p.kind == "helpful"], "revise/helpful", cfg.num_helpful)
@@ -44,6 +47,43 @@ def run(ctx: Context) -> None:
     )
     summary = _write(ctx, list(chains.values()), list(samples.values())) if ctx.dist.is_main else {}
     ctx.run.finish("revise", list(OUTPUTS), summary)
+
+
+def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
+    """The run's prompts; from the sources, written to prompts.jsonl."""
+    kept: list[Prompt] = []
+    data = ctx.config.data
+    for kind, count in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
+        prompts, rejected = pipeline.prompt_source(ctx, kind)
+        for bad in rejected[:5]:
+            ctx.log.warn(f"{kind} prompts, line {bad.line}: {bad.reason}")
+        train = pipeline.take(ctx, [p for p in prompts if p.split == "train"], kind, count)
+        chosen = train + [p for p in prompts if p.split == "eval"]
+        fitting = [fitted for p in chosen if (fitted := _fit(p, renderer, data)) is not None]
+        over_long = len(chosen) - len(fitting)
+        total = len(chosen) + len(rejected)
+        if over_long + len(rejected) > data.max_bad_fraction * total:
+            raise InputError(
+                f"{kind} prompts: {over_long} longer than data.max_prompt_tokens = {data.max_prompt_tokens} and "
+                f"{len(rejected)} malformed of {total}, more than data.max_bad_fraction = {data.max_bad_fraction}."
+            )
+        if not any(p.split == "train" for p in fitting):
+            raise InputError(f"{kind} prompts: none left to train on (of {total} rows).")
+        ctx.log.info(f"{kind} prompts: {len(fitting)} used, {over_long} over-long, {len(rejected)} malformed rows")
+        kept += fitting
+    if ctx.dist.is_main:
+        write_jsonl(ctx.run.path("prompts.jsonl"), kept)
+    return kept
+
+
+def _fit(prompt: Prompt, renderer: Renderer, data: Any) -> Prompt | None:
+    """The prompt within data.max_prompt_tokens, shortened by oldest turns where allowed; None if it cannot be."""
+    turns = fit_turns(prompt.turns, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
+    if turns is None:
+        return None
+    if tuple(turns) == prompt.turns:
+        return prompt
+    return Prompt(prompt.id, prompt.kind, tuple(turns), prompt.source, prompt.split)
 
 
 def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, Any]]) -> dict[str, Any]:
