@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +223,9 @@ def test_rollouts_and_metrics(trained: Context) -> None:
     names = ["reward", "kl", "kl_exact", "approx_kl", "clipfrac", "explained_variance", "entropy", "logprob_gap",
              "refusal_rate", "length", "kl_coef", "grad_norm", "guard"]  # fmt: skip
     assert all(f"rl/{name}" in metrics[0] for name in names)
+    work = [row["perf/trunk_over_minimum"] for row in metrics]
+    assert all(0.5 < ratio < 1.5 for ratio in work), "each iteration counts its own engine work"
+    assert all(row["perf/kv_bytes_per_token"] > 0 and "perf/padding_tokens" in row for row in metrics)
     assert metrics[0]["rl/kl_exact"] == 0
     assert metrics[0]["rl/first_ratio_gap"] == 0
     assert metrics[2]["rl/kl_exact"] > 0
@@ -232,6 +236,29 @@ def test_rollouts_and_metrics(trained: Context) -> None:
     assert summary["kl_exact_final"] == metrics[3]["rl/kl_exact"]
     assert summary["kl_exact_max"] == max(row["rl/kl_exact"] for row in metrics)
     assert not same(weights(trained, "rl_cai"), weights(trained, "sl_cai"))
+
+
+def test_rollouts_of_all_ranks_are_merged_without_holding_them(tmp_path: Path) -> None:
+    """Ranks 0 and 1 shared the first two iterations, rank 0 went on alone."""
+    places = {0: [(0, 0), (1, 0), (1, 1), *((2, n) for n in range(40))], 1: [(0, 1), (0, 2), (1, 2)]}
+    for rank, mine in places.items():
+        with records.Journal(tmp_path / "journal" / f"rl.{rank}.jsonl") as journal:
+            for step, number in mine:
+                row = {"id": f"{step}.{number}", "iteration": step, "text": "x" * 10**5}
+                journal.append({"number": number, "record": row, "token_ids": [step, number], "logprobs": [-1.0, -0.5]})
+    ctx = SimpleNamespace(run=SimpleNamespace(path=tmp_path.joinpath))
+    (tmp_path / "tokens").mkdir()
+    tracemalloc.start()
+    try:
+        assert rl.write_rollouts(ctx) == 46
+        assert tracemalloc.get_traced_memory()[1] < 2 * 10**6, "46 rows of 0.1 MB each were held at once"
+    finally:
+        tracemalloc.stop()
+    expected = [f"{step}.{number}" for step, number in sorted(places[0] + places[1])]
+    written = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == expected
+    tokens = records.read_tokens(tmp_path / "tokens" / "rollouts.safetensors")
+    assert list(tokens) == expected and tokens["1.2"] == ([1, 2], [-1.0, -0.5])
 
 
 class Killed(BaseException):

@@ -7,13 +7,17 @@ newest state is always a usable policy, and it is what a guard's stop leaves beh
 """
 
 import dataclasses
+import heapq
 import itertools
+import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,6 +195,7 @@ class Loop:
         """All iterations; returns why a guard stopped them, or nothing. Collective."""
         cfg, ctx = self.cfg, self.ctx
         ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
+        ctx.work(1.0)  # forget the answers for the standardisation: they are no iteration's
         path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
         with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
@@ -211,6 +216,7 @@ class Loop:
                         values |= self.update(step, answers, rollouts, rewards)
                         reason = "" if math.isfinite(values["rl/grad_norm"]) else "the gradient is not finite"
                 seconds = time.monotonic() - began
+                values |= ctx.work(seconds)
                 values |= {"rl/guard": float(bool(reason)), "perf/tokens_per_s": sum(rollouts.tokens) / seconds}
                 ctx.log.metrics("rl", step, values)
                 if reason:
@@ -352,12 +358,22 @@ def drop_rows(ctx: Context, start: int) -> None:
 def write_rollouts(ctx: Context) -> int:
     """All ranks' journals in the order of iterations -> rollouts.jsonl and the sampled tokens with their log-probs;
     returns the number of rows."""
-    rows = []
-    for path in journals(ctx):
-        with Journal(path) as journal:
-            rows += journal.rows()
-    rows.sort(key=lambda row: (row["record"]["iteration"], row["number"]))
-    records.write_jsonl(ctx.run.path("rollouts.jsonl"), [row["record"] for row in rows])
-    tokens = {row["record"]["id"]: (row["token_ids"], row["logprobs"]) for row in rows}
+    tokens: dict[str, tuple[Any, Any]] = {}  # all that is held in memory, hence as arrays
+    rows = heapq.merge(*map(_rows, journals(ctx)), key=lambda row: (row["record"]["iteration"], row["number"]))
+
+    def taken() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            pair = np.asarray(row["token_ids"], np.int32), np.asarray(row["logprobs"], np.float32)
+            tokens[row["record"]["id"]] = pair
+            yield row["record"]
+
+    records.write_jsonl(ctx.run.path("rollouts.jsonl"), taken())
     records.write_tokens(ctx.run.path("tokens", "rollouts.safetensors"), tokens)
-    return len(rows)
+    return len(tokens)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one journal, one at a time; each journal is in the order of iterations, as it was written."""
+    with path.open("rb") as lines:
+        for line in lines:
+            yield json.loads(line.decode("utf-8", "surrogatepass"))
