@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import textworld
 from planted import PlantedEngine
+from support import byte_tokenizer
 from tiny import alone
 
 from cai_fast import records, rng
 from cai_fast.chains import Reviser, defect, repetition
 from cai_fast.engine import Completion
+from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
 from cai_fast.records import Prompt, Revision, Turn
 from cai_fast.stages import revise
@@ -233,6 +236,26 @@ def test_the_stage_counts_rejections_and_writes_kept_helpful_samples(open_run: A
     assert len(kept) == summary["helpful_kept"] == 12 - sum(summary["helpful_rejected"].values()) < 12
     tokens = records.read_tokens(ctx.run.path("tokens", "revisions.safetensors"))
     assert all(f"{row.id}/{k}" in tokens for row in rows if row.kept for k in range(3))
+
+
+@pytest.mark.parametrize(("setting", "role"), [
+    ("model__base", "base"), ("model__judge", "judge"), ("pm__init", "pm_init"),
+])  # fmt: skip
+def test_prompts_must_fit_every_tokenizer(open_run: Any, inputs: Path, tmp_path: Path, setting: str, role: str) -> None:
+    merged = byte_tokenizer(shutil.copytree(inputs / "base", tmp_path / "merged"))
+    settings = dict.fromkeys(["model__base", "model__assistant", "model__judge", "pm__init"], merged)
+    settings |= {"data__max_prompt_tokens": 70, "data__num_red_team": 0, "data__max_bad_fraction": 0.9}
+    settings["data__drop_oldest_turns"] = False
+    fitting = revise.prepare_prompts(alike := open_run(**settings))
+    settings[setting] = inputs / "base"  # one token for each byte
+    mixed = open_run(**settings)
+    dialogue = mixed.renderer(role).dialogue
+    short = [p for p in fitting if len(dialogue(p.turns)) <= 70]
+    assert revise.prepare_prompts(mixed) == short and 0 < len(short) < len(fitting)
+    assert revise.inputs(alike).get("other_templates") is None
+    assert revise.inputs(mixed)["other_templates"] == [mixed.renderer(role).hash]
+    with pytest.raises(InputError, match="longer than data.max_prompt_tokens = 70"):
+        revise.prepare_prompts(open_run(**settings | {"data__max_bad_fraction": 0.0}))
 
 
 def run_stage(ctx: Context) -> dict[str, Any]:

@@ -6,33 +6,36 @@ text is empty, over-long, repetitive or starts with filler is rejected with the 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cai_fast import pipeline
 from cai_fast.chains import Reviser
+from cai_fast.constitution import Principle
 from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
 from cai_fast.prompts import fit_turns
-from cai_fast.records import Helpful, Prompt, Revision, write_jsonl, write_tokens
-from cai_fast.tokenizer import Renderer
+from cai_fast.records import Helpful, Prompt, Revision, Turn, write_jsonl, write_tokens
 
+READERS = ("assistant", "base", "judge", "pm_init")  # every model of a run has the tokenizer of one of these
 OUTPUTS = ("prompts.jsonl", "revisions.jsonl", "helpful.jsonl", "tokens/revisions.safetensors")
 
 
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
     data = ctx.config.data
-    return ctx.inputs("revise", roles=["assistant"]) | {
-        "prompts": [pipeline.data_file_hash(data.red_team), pipeline.data_file_hash(data.helpful)]
-    }
+    # A prompt that is too long for another model's tokenizer is left out.
+    others = sorted({ctx.template_hash(role) for role in READERS} - {ctx.template_hash("assistant")})
+    found = ctx.inputs("revise", roles=["assistant"])
+    found["prompts"] = [pipeline.data_file_hash(data.red_team), pipeline.data_file_hash(data.helpful)]
+    return found | ({"other_templates": others} if others else {})
 
 
 def run(ctx: Context) -> None:
     """Write prompts.jsonl, revisions.jsonl, helpful.jsonl and the token side file."""
     worker = Reviser(ctx)
     cfg = ctx.config.revise
-    prompts = prepare_prompts(ctx, worker.renderer)
+    prompts = prepare_prompts(ctx)
     train = [p for p in prompts if p.split == "train"]
     red_team = pipeline.take(ctx, [p for p in train if p.kind == "red_team"], "revise", cfg.num_red_team)
     helpful = pipeline.take(ctx, [p for p in train if p.kind == "helpful"], "revise/helpful", cfg.num_helpful)
@@ -49,17 +52,38 @@ def run(ctx: Context) -> None:
     ctx.run.finish("revise", list(OUTPUTS), summary)
 
 
-def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
+class Everywhere:
+    """Conversations as all models of the run read them; to `fit_turns` a renderer whose text is the longest of all.
+
+    A later stage cannot leave a prompt out any more, so it must fit the tokenizer of every role. The judge reads it
+    inside a question, where its turns may be written differently than in a dialogue.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        renderers = {role: ctx.renderer(role) for role in READERS}
+        distinct = {renderer.hash: renderer for renderer in renderers.values()}
+        self.forms: list[Callable[[Sequence[Turn]], list[int]]] = [r.dialogue for r in distinct.values()]
+        judge, principle = renderers["judge"], Principle("", comparison="x")
+        for question in (judge.comparison, judge.cot):
+            frame = len(question((), "x", "x", principle, -1).ids)
+            self.forms.append(lambda turns, ask=question, n=frame: ask(turns, "x", "x", principle, -1).ids[n:])
+
+    def dialogue(self, turns: Sequence[Turn]) -> list[int]:
+        """The longest form; only its length means anything."""
+        return max((form(turns) for form in self.forms), key=len)
+
+
+def prepare_prompts(ctx: Context) -> list[Prompt]:
     """The run's prompts; from the sources, written to prompts.jsonl."""
     kept: list[Prompt] = []
-    data = ctx.config.data
+    data, everywhere = ctx.config.data, Everywhere(ctx)
     for kind, count in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
         prompts, rejected = pipeline.prompt_source(ctx, kind)
         for bad in rejected[:5]:
             ctx.log.warn(f"{kind} prompts, line {bad.line}: {bad.reason}")
         train = pipeline.take(ctx, [p for p in prompts if p.split == "train"], kind, count)
         chosen = train + [p for p in prompts if p.split == "eval"]
-        fitting = [fitted for p in chosen if (fitted := _fit(p, renderer, data)) is not None]
+        fitting = [fitted for p in chosen if (fitted := _fit(p, everywhere, data)) is not None]
         over_long = len(chosen) - len(fitting)
         total = len(chosen) + len(rejected)
         if over_long + len(rejected) > data.max_bad_fraction * total:
@@ -76,9 +100,9 @@ def prepare_prompts(ctx: Context, renderer: Renderer) -> list[Prompt]:
     return kept
 
 
-def _fit(prompt: Prompt, renderer: Renderer, data: Any) -> Prompt | None:
+def _fit(prompt: Prompt, everywhere: Everywhere, data: Any) -> Prompt | None:
     """The prompt within data.max_prompt_tokens, shortened by oldest turns where allowed; None if it cannot be."""
-    turns = fit_turns(prompt.turns, renderer, data.max_prompt_tokens, data.drop_oldest_turns)
+    turns = fit_turns(prompt.turns, everywhere, data.max_prompt_tokens, data.drop_oldest_turns)
     if turns is None:
         return None
     if tuple(turns) == prompt.turns:
