@@ -3,37 +3,45 @@
 import torch
 from torch import Tensor
 
-from .common import accumulate_dtype, select
+from .common import accumulate_dtype, lazy_triton, select
 
 
-def _reference(delta: Tensor, decay: float, cu_seqlens: Tensor) -> Tensor:
+def _delta(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
+    following = torch.roll(values, -1)
+    following[cu_seqlens[1:] - 1] = 0.0
+    return rewards + gamma * following - values
+
+
+def _reference(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    delta = _delta(rewards, values, cu_seqlens, gamma)
     advantages = torch.empty_like(delta)
     bounds = cu_seqlens.tolist()
     for start, end in zip(bounds, bounds[1:], strict=False):
         carry = delta.new_zeros(())
         for t in range(end - 1, start - 1, -1):
-            carry = delta[t] + decay * carry
+            carry = delta[t] + gamma * lam * carry
             advantages[t] = carry
-    return advantages
+    return advantages, advantages + values
 
 
-def _chunked(delta: Tensor, decay: float, cu_seqlens: Tensor) -> Tensor:
+def _chunked(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Segmented reverse scan by doubling: after k rounds a token holds the discounted sum of its next 2^k deltas.
 
     log2(T) rounds over flat arrays: no padding, no loop over tokens or sequences, nothing read on the host.
     """
+    delta = _delta(rewards, values, cu_seqlens, gamma)
     total = delta.shape[0]
-    factor = torch.full_like(delta, decay)
+    factor = torch.full_like(delta, gamma * lam)
     factor[cu_seqlens[1:] - 1] = 0.0  # nothing flows over a sequence's end; an empty sequence marks its forerunner's
     step = 1
     while step < total:
         delta = torch.cat((torch.addcmul(delta[:-step], factor[:-step], delta[step:]), delta[-step:]))
         factor = torch.cat((factor[:-step] * factor[step:], factor[-step:]))
         step *= 2
-    return delta
+    return delta, delta + values
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("gae", "advantages")}
 
 
 def gae(
@@ -56,8 +64,4 @@ def gae(
     rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
     if values.shape[0] == 0:
         return rewards, values
-    cu_seqlens = cu_seqlens.to(values.device, torch.int64)
-    following = torch.roll(values, -1)
-    following[cu_seqlens[1:] - 1] = 0.0
-    advantages = implementation(rewards + gamma * following - values, gamma * lam, cu_seqlens)
-    return advantages, advantages + values
+    return implementation(rewards, values, cu_seqlens.to(values.device, torch.int64), gamma, lam)
