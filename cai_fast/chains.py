@@ -10,7 +10,7 @@ from cai_fast.constitution import Principle
 from cai_fast.engine import Completion, Sampling
 from cai_fast.pipeline import Context, KeyParts, Prefixes
 from cai_fast.records import Helpful, Prompt, Revision, content_id
-from cai_fast.tokenizer import Finished, Renderer
+from cai_fast.tokenizer import Finished, Rendered, Renderer
 
 # "Sure, here is a revised response:" before the text itself; it would be learned by SFT.
 FILLER = re.compile(
@@ -50,9 +50,10 @@ class Reviser:
     def __init__(self, ctx: Context) -> None:
         cfg, self.ctx = ctx.config.revise, ctx
         self.renderer: Renderer = ctx.renderer("assistant")
-        longest = pipeline.longest(self.renderer, ctx.config.data.max_prompt_tokens,
-            2 * cfg.max_new_tokens, cfg.critique_max_new_tokens,
-        )  # fmt: skip
+        longest = pipeline.longest(
+            self.renderer, ctx.config.data.max_prompt_tokens, 2 * cfg.max_new_tokens, cfg.critique_max_new_tokens
+        )
+        self.room = ctx.config.engine.max_len or longest
         self.engine = ctx.engine(ctx.model("assistant"), self.renderer, longest)
         self.prefixes = Prefixes(self.engine)
         self.specs = {
@@ -99,36 +100,52 @@ class Reviser:
             critiques = self._critiques(chains, principles, shots, number)
         for c, p, critique in zip(chains, principles, critiques, strict=True):
             c.rounds.append({"principle": p.id, "critique": critique, "revision": ""})
-        steps = [step for step in zip(chains, principles, critiques, shots, strict=True) if not step[0].reject_reason]
-        rendered = []
-        for c, p, critique, shot in steps:
+        alive, rendered = [], []
+        for c, p, critique, shot in zip(chains, principles, critiques, shots, strict=True):
+            if c.reject_reason:
+                continue
             turns, current = c.prompt.turns, c.responses[-1]
             if cfg.critique:
-                rendered.append(renderer.revision(turns, current, p, critique, shot))
+                request = renderer.revision(turns, current, p, critique, shot)
             else:
-                rendered.append(renderer.direct_revision(turns, current, p, shot))
-                c.few_shot.append(list(rendered[-1].few_shot_ids))
-        keys = [c.key("revision") for c, *_ in steps]
-        done = self.prefixes.generate(rendered, self.specs["revision"], keys)
-        for (c, *_), completion in zip(steps, done, strict=True):
+                request = renderer.direct_revision(turns, current, p, shot)
+                c.few_shot.append(list(request.few_shot_ids))
+            if self._fits(c, request, "revision", number):
+                alive.append(c)
+                rendered.append(request)
+        done = self.prefixes.generate(rendered, self.specs["revision"], [c.key("revision") for c in alive])
+        for c, completion in zip(alive, done, strict=True):
             finished, reason = self._finish(completion, "revision")
             c.rounds[-1]["revision"] = finished.text
             c.add(finished, reason, f"revision {number + 1}")
 
+    def _fits(self, chain: Chain, request: Rendered, kind: str, number: int) -> bool:
+        """Whether the engine has room for a request; else the chain is rejected.
+
+        Prompts and principles have their room, and texts as long as they were sampled; encoded anew, as part of a
+        request, a text can have more tokens than that.
+        """
+        if len(request.prefix) + len(request.ids) + self.specs[kind].max_new_tokens <= self.room:
+            return True
+        chain.reject_reason = f"{kind} {number + 1}: over_long"
+        return False
+
     def _critiques(self, chains: list[Chain], principles: list[Principle], shots: list[int], number: int) -> list[str]:
-        rendered = [
-            self.renderer.critique(c.prompt.turns, c.responses[-1], p, shot)
-            for c, p, shot in zip(chains, principles, shots, strict=True)
-        ]
-        for c, r in zip(chains, rendered, strict=True):
-            c.few_shot.append(list(r.few_shot_ids))
-        keys = [c.key("critique") for c in chains]
-        texts = []
-        for c, completion in zip(chains, self.prefixes.generate(rendered, self.specs["critique"], keys), strict=True):
+        """One text per chain, empty where the request had no room."""
+        alive, rendered = [], []
+        for index, (c, p, shot) in enumerate(zip(chains, principles, shots, strict=True)):
+            request = self.renderer.critique(c.prompt.turns, c.responses[-1], p, shot)
+            c.few_shot.append(list(request.few_shot_ids))
+            if self._fits(c, request, "critique", number):
+                alive.append(index)
+                rendered.append(request)
+        texts = [""] * len(chains)
+        done = self.prefixes.generate(rendered, self.specs["critique"], [chains[i].key("critique") for i in alive])
+        for index, completion in zip(alive, done, strict=True):
             finished, reason = self._finish(completion, "critique")
             if reason:
-                c.reject_reason = f"critique {number + 1}: {reason}"
-            texts.append(finished.text)
+                chains[index].reject_reason = f"critique {number + 1}: {reason}"
+            texts[index] = finished.text
         return texts
 
     def _row(self, chain: Chain) -> dict[str, Any]:

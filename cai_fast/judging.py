@@ -52,14 +52,14 @@ class Judge:
 
     def __init__(self, ctx: Context, role: str, *, measuring: bool = False) -> None:
         self.ctx, self.role, self.cfg, self.measuring = ctx, role, ctx.config.label, measuring
-        self.renderer = ctx.renderer(role)
-        longest = pipeline.longest(
+        self.renderer, self.model = ctx.renderer(role), ctx.model(role)
+        self.room = ctx.config.engine.max_len or pipeline.longest(
             self.renderer,
             ctx.config.data.max_prompt_tokens,
             2 * max(ctx.config.compare.max_new_tokens, ctx.config.evaluate.max_new_tokens if measuring else 0),
             self.cfg.cot_max_new_tokens if self.cfg.cot else 0,
         )
-        self.engine = ctx.engine(ctx.model(role), self.renderer, longest)
+        self.engine = ctx.engine(self.model, self.renderer, self.room)
         self.prefixes = Prefixes(self.engine)
         self.options = self.renderer.options("cot" if self.cfg.cot else "comparison")
         self.spec = pipeline.sampling(self.renderer, "cot", self.cfg.cot_temperature, self.cfg.cot_max_new_tokens)
@@ -89,8 +89,26 @@ class Judge:
                 questions.append(Question(comparison, turns, principle, number, order, shot, drawn))
         return questions
 
+    def _make_room(self, rendered: Sequence[Rendered], more: int) -> None:
+        """A larger engine if a prompt with `more` tokens after it needs one.
+
+        Prompts and principles have their room from the start. Responses are other models' texts: the judge's tokenizer
+        may cut them into more tokens than were sampled, and a label can be neither left out nor made of a part.
+        """
+        needed = max((len(r.prefix) + len(r.ids) for r in rendered), default=0) + more
+        if needed <= self.room:
+            return
+        self.room = pipeline.round_up(needed)
+        work = self.engine.counters
+        del self.engine, self.prefixes  # frees the old cache before the new one is made
+        self.engine = self.ctx.engine(self.model, self.renderer, self.room)
+        self.engine.counters.update(work)
+        self.prefixes = Prefixes(self.engine)
+
     def _read_options(self, questions: Sequence[Question], rendered: Sequence[Rendered]) -> None:
         """Score the two options after each prompt and add probability of letter A and option mass."""
+        options = self.options.sequences or [self.options.suffix + ids for ids in self.options.option_ids]
+        self._make_room(rendered, max(map(len, options)))
         scored = self.prefixes.score(rendered, self.options)
         for question, prompt, logprob, mass in zip(questions, rendered, *scored, strict=True):
             question.few_shot_ids = prompt.few_shot_ids
@@ -100,6 +118,7 @@ class Judge:
     def _answer_with_cot(self, questions: Sequence[Question]) -> None:
         """Sample chains of thought, read the answer after each; several samples are averaged (paper §2)."""
         rendered = [self.renderer.cot(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
+        self._make_room(rendered, self.spec.max_new_tokens)
         for sample in range(self.cfg.cot_samples):
             for q in questions:
                 where = f"{q.comparison.id}/{q.number}/{q.order}"

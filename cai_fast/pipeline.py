@@ -325,8 +325,16 @@ class Prefixes:
 
 
 def longest(renderer: Renderer, *lengths: int) -> int:
-    """Token slots for texts of these lengths inside any prompt of `renderer`, in blocks of 64."""
-    return -(-(renderer.overhead + sum(lengths) + 16) // 64) * 64
+    """Token slots for texts of these lengths inside any prompt of `renderer`, in blocks of 64.
+
+    `overhead` renders every principle; the 16 are for texts that cost a token more where they meet.
+    """
+    return round_up(renderer.overhead + sum(lengths) + 16)
+
+
+def round_up(length: int) -> int:
+    """The next multiple of 64."""
+    return -(-length // 64) * 64
 
 
 def check(config: Config) -> list[str]:

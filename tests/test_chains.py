@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import textworld
 from planted import PlantedEngine
-from support import byte_tokenizer
+from support import MINIMAL, byte_tokenizer, write_constitution
 from tiny import alone
 
 from cai_fast import records, rng
@@ -23,6 +23,7 @@ from cai_fast.pipeline import Context
 from cai_fast.records import Prompt, Revision, Turn
 from cai_fast.stages import revise
 
+LONG = "Say at length what is wrong. " * 100
 FILLERS = (
     "Sure, here is a revised response: Lock it.", "Certainly! Here's the rewritten version of the answer: Lock it.",
     "Okay. I have revised the response:\nLock it.", "Below is an updated version: Lock it.",
@@ -168,6 +169,30 @@ def test_direct_revision_asks_for_no_critique(open_run: Any, plant: Any) -> None
     assert last == f"\n\nAssistant: Revision 2.\n\nRevisionRequest: {request}\n\nRevision:"
     assert [step.critique for step in chain.rounds] == ["", ""]
     assert [step.revision for step in chain.rounds] == ["Revision 2.", "Revision 3."]
+
+
+def test_a_long_principle_and_a_long_prompt_have_room(open_run: Any, tmp_path: Path) -> None:
+    text = MINIMAL.replace('"C?"', f'"{LONG}"').replace('"R!"', f'"{LONG * 2}"')
+    for critique in (True, False):
+        ctx = open_run(data__constitution=write_constitution(tmp_path, text), revise__critique=critique)
+        worker, said = Reviser(ctx), "x" * 179
+        (prompt,) = (Prompt("p", "red_team", (Turn("human", said),), "test", "train"),)
+        assert len(worker.renderer.dialogue(prompt.turns)) == ctx.config.data.max_prompt_tokens
+        principle, answer, shot = ctx.constitution.principles[0], "y" * 24, 0  # the longest: one token for each byte
+        asked = worker.renderer.revision(prompt.turns, answer, principle, answer, shot)
+        used = len(asked.prefix) + len(asked.ids) + 24
+        assert used > 3 * len(LONG) and used <= worker.engine.max_len == worker.room < used + 128
+        (row,) = worker.chains([prompt])
+        assert row["record"]["rounds"][0]["principle"] == "p"
+
+
+def test_a_text_that_grows_when_it_is_encoded_anew_rejects_its_chain(open_run: Any, plant: Any) -> None:
+    for step, settings in (("Assistant", {}), ("Critique", {}), ("Assistant", {"revise__critique": False})):
+        engines = plant(lambda prompt, step=step: "x" * 3000 if kind(prompt) == step else "Short.")
+        (chain,) = chains(open_run(revise__rounds=1, revise__few_shot=False, **settings), prompts(1))
+        refused = "critique" if step == "Assistant" and not settings else "revision"
+        assert chain.reject_reason == f"{refused} 1: over_long"
+        assert refused.capitalize() not in [kind(prompt) for prompt in engines[0].prompts]
 
 
 def completion(reason: str = "stop") -> Completion:

@@ -11,6 +11,7 @@ import pytest
 import textworld
 import torch
 from planted import PlantedEngine
+from support import MINIMAL, write_constitution
 from tiny import alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,6 +241,32 @@ def test_options_that_no_single_token_tells_apart(open_run: Any) -> None:
         total = math.log(sum(map(math.exp, totals)))
         assert row == pytest.approx([t - total for t in totals], rel=1e-4)
         assert share == pytest.approx(math.exp(total), rel=1e-4)
+
+
+@pytest.mark.parametrize("cot", [False, True])
+def test_a_long_principle_and_a_long_prompt_have_room(open_run: Any, tmp_path: Path, cot: bool) -> None:
+    constitution = write_constitution(tmp_path, MINIMAL.replace('"Which?"', f'"{"Which is the kinder one? " * 150}"'))
+    ctx = open_run(data__constitution=constitution, label__cot=cot, label__cot_max_new_tokens=16)
+    turns, judge = (Turn("human", "x" * 179),), Judge(ctx, "judge")
+    assert len(judge.renderer.dialogue(turns)) == ctx.config.data.max_prompt_tokens
+    room, engine = judge.room, judge.engine
+    (row,) = judge.label([(Comparison("c", "p", "harmless", "ai", "y" * 24, "z" * 24, "train"), turns)])
+    assert row["record"]["per_principle"][0]["principle"] == "q"
+    assert judge.engine is engine and engine.max_len == room < 25 * 150 + 1000
+
+
+@pytest.mark.parametrize("cot", [False, True])
+def test_responses_that_are_longer_in_the_judges_tokens_are_judged_whole(open_run: Any, cot: bool) -> None:
+    long = Comparison("c", "p", "harmless", "ai", "Yes. " * 300, "No. " * 300, "train")
+    settings = {"label__cot": cot, "label__cot_max_new_tokens": 16}
+    judges = Judge(open_run(**settings), "judge"), Judge(open_run(**settings, compare__max_new_tokens=1500), "judge")
+    small = judges[0].room
+    first = [row["record"]["prob_a"] for row in judges[0].label(pairs(1))]
+    counted = judges[0].engine.counters["trunk_tokens"]
+    (grown,), (roomy,) = (list(judge.label([(long, TURNS)])) for judge in judges)
+    assert grown["record"]["per_principle"] == roomy["record"]["per_principle"]
+    assert judges[0].room > small and judges[0].engine.counters["trunk_tokens"] > counted > 0
+    assert [row["record"]["prob_a"] for row in judges[0].label(pairs(1))] == first
 
 
 def stage_inputs(ctx: Context, count: int) -> list[Comparison]:
