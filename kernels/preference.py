@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import accumulate_dtype, select
+from .common import accumulate_dtype, lazy_triton, select
 
 _MIN_ROWS = 32  # as in common.py: fewer rows may take another GEMM path with other roundings
 
@@ -41,7 +41,11 @@ def _score_chunked(hidden: Tensor, weight: Tensor, option_ids: Tensor) -> Tensor
     return logits.logsumexp(-1).log_softmax(-1)
 
 
-_SCORE = {"reference": _score_reference, "chunked": _score_chunked}
+_SCORE = {
+    "reference": _score_reference,
+    "chunked": _score_chunked,
+    "triton": lazy_triton("preference", "score_options"),
+}
 
 
 def score_options(hidden: Tensor, weight: Tensor, option_ids: Tensor, *, backend: str = "auto") -> Tensor:
@@ -58,7 +62,26 @@ def score_options(hidden: Tensor, weight: Tensor, option_ids: Tensor, *, backend
     return select("score_options", _SCORE, backend, hidden.device)(hidden, weight, option_ids.to(hidden.device))
 
 
-def preference_labels(logprob: Tensor, *, clamp: tuple[float, float] | None = None) -> PreferenceLabels:
+def _labels_torch(logprob: Tensor, clamp: tuple[float, float] | None) -> tuple[Tensor, Tensor, Tensor]:
+    prob = logprob.to(accumulate_dtype(logprob.dtype)).softmax(-1)
+    per_principle = torch.stack((prob[:, :, 0, 0], prob[:, :, 1, 1]), -1)
+    label = per_principle.nanmean(-1)
+    if clamp is not None:
+        label = label.clamp(*clamp)
+    bias = (per_principle[..., 0] - per_principle[..., 1]).abs()
+    return label.nanmean(-1), per_principle, bias
+
+
+_LABELS = {
+    "reference": _labels_torch,
+    "chunked": _labels_torch,
+    "triton": lazy_triton("preference", "preference_labels"),
+}
+
+
+def preference_labels(
+    logprob: Tensor, *, clamp: tuple[float, float] | None = None, backend: str = "auto"
+) -> PreferenceLabels:
     """Soft labels from option log-probabilities [C, P, 2, 2] = (comparison, principle, order, letter).
 
     Order 1 asked with the responses swapped, so that its letter B means response_a. NaN marks what was not asked.
@@ -66,13 +89,7 @@ def preference_labels(logprob: Tensor, *, clamp: tuple[float, float] | None = No
     """
     if logprob.dim() != 4 or logprob.shape[2:] != (2, 2):
         raise ValueError(f"preference_labels: expected [C, P, 2, 2], got {list(logprob.shape)}")
-    prob = logprob.to(accumulate_dtype(logprob.dtype)).softmax(-1)
-    per_principle = torch.stack((prob[:, :, 0, 0], prob[:, :, 1, 1]), -1)
-    label = per_principle.nanmean(-1)
-    if clamp is not None:
-        label = label.clamp(*clamp)
-    bias = (per_principle[..., 0] - per_principle[..., 1]).abs()
-    return PreferenceLabels(label.nanmean(-1), per_principle, bias)
+    return PreferenceLabels(*select("preference_labels", _LABELS, backend, logprob.device)(logprob, clamp))
 
 
 def preference_loss(
