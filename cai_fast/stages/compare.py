@@ -115,7 +115,7 @@ class Worker:
         source = pipeline.provenance(
             self.ctx, "sl_cai", renderer, self.spec, parents=[prompt.id],
             models={role: self.ctx.model_hash(role) for role in self.roles}, roles=list(self.roles_of(item)),
-            rng=[self.ctx.config.seed, "compare/response", item],
+            rng={side: self.ctx.key_parts("compare/response", item, k) for k, side in enumerate("ab")},
         )  # fmt: skip
         record = Comparison(identity, prompt.id, "harmless", "ai", first.text, second.text, prompt.split, source)
         return {
