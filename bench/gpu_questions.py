@@ -141,18 +141,16 @@ def _capture(work: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, float]:
 
 def triton_paged_decode() -> dict[str, object]:
     """4. GB/s of a plain Triton paged decode inside a CUDA graph, by batch and page size."""
-    from bench.paged_decode import paged_decode  # Triton is needed for this question only
-
     out: dict[str, object] = {}
-    width, head_dim, split = 1024, 128, 512
+    width, head_dim = 1024, 128
     for page in (16, 64, 256):
         for batch in (64, 128, 256, 512):
             inputs = _slots(batch, width, page, head_dim)
 
             def work(inputs: tuple[Tensor, ...] = inputs) -> Tensor:
-                return paged_decode(*inputs, split=split, splits=width // split)
+                return paged_attention(*inputs, backend="triton")
 
-            error = _relative(work(), paged_attention(*inputs))
+            error = _relative(work(), paged_attention(*inputs, backend="chunked"))
             graph, _ = _capture(work)
             milliseconds = interleaved({"graph": graph.replay}, CUDA, seconds=1.0)["graph"].median
             size = batch * width * 8 * head_dim * 2 * 2

@@ -1,12 +1,16 @@
 """Decode attention over a paged cache, and the merge of two attentions over disjoint keys."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .common import accumulate_dtype, select
+from .common import accumulate_dtype, lazy_triton, select
 
 
-def _reference(query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _dense_reference(
+    query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """query [B, Hq, D], keys and values [B, Hkv, L, D] -> (out [B, Hq, D], lse [B, Hq])."""
     group = query.shape[1] // keys.shape[1]
     outs, lses = [], []
@@ -18,7 +22,9 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, sc
     return torch.stack(outs), torch.stack(lses)
 
 
-def _chunked(query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _dense_chunked(
+    query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     grouped = query.unflatten(1, (keys.shape[1], -1))
     score = (grouped @ keys.transpose(-1, -2)).mul_(scale)
     absent = torch.arange(keys.shape[2], device=query.device) >= seq_lens[:, None]
@@ -31,7 +37,26 @@ def _chunked(query: Tensor, keys: Tensor, values: Tensor, seq_lens: Tensor, scal
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+def _gathered(dense: Callable) -> Callable:
+    """`dense` attention over the pages gathered into one tensor per sequence."""
+
+    def attention(
+        query: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulate_dtype(query.dtype)
+        table = block_table.clamp_min(0).long()
+        keys, values = (pages[table].transpose(1, 2).flatten(2, 3).to(dtype) for pages in (k_pages, v_pages))
+        out, lse = dense(query.to(dtype), keys, values, seq_lens, scale)
+        return out.to(query.dtype), lse
+
+    return attention
+
+
+_IMPLEMENTATIONS = {
+    "reference": _gathered(_dense_reference),
+    "chunked": _gathered(_dense_chunked),
+    "triton": lazy_triton("attention", "paged_attention"),
+}
 
 
 def paged_attention(
@@ -57,19 +82,29 @@ def paged_attention(
             f"{list(query.shape)}, {list(k_pages.shape)}, {list(v_pages.shape)}"
         )
     implementation = select("paged_attention", _IMPLEMENTATIONS, backend, query.device)
-    dtype = accumulate_dtype(query.dtype)
-    table = block_table.clamp_min(0).long()
-    keys, values = (pages[table].transpose(1, 2).flatten(2, 3).to(dtype) for pages in (k_pages, v_pages))
     out, lse = implementation(
-        query.to(dtype), keys, values, seq_lens.to(query.device), query.shape[-1] ** -0.5 if scale is None else scale
+        query,
+        k_pages,
+        v_pages,
+        block_table,
+        seq_lens.to(query.device),
+        query.shape[-1] ** -0.5 if scale is None else scale,
     )
-    out = out.to(query.dtype)
     return (out, lse) if return_lse else out
 
 
-def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets from each one's (out [..., D], lse [...])."""
+def _merge_torch(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse1, lse2)
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
     share1, share2 = (lse1 - finite).exp()[..., None], (lse2 - finite).exp()[..., None]
     return (out1 * share1 + out2 * share2).to(out1.dtype), lse
+
+
+_MERGE = {"reference": _merge_torch, "chunked": _merge_torch, "triton": lazy_triton("attention", "merge_attention")}
+
+
+def merge_attention(
+    out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets from each one's (out [..., D], lse [...])."""
+    return select("merge_attention", _MERGE, backend, out1.device)(out1, lse1, out2, lse2)
