@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import accumulate_dtype, check_head, kept_rows, select, take
+from .common import accumulate_dtype, check_head, kept_rows, lazy_triton, select, take
 from .token_loss import token_loss
 
 
@@ -22,7 +22,7 @@ def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, s
     return token_loss(hidden, weight, targets, row_loss, 1.0, entropy=False).loss
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("head", "linear_cross_entropy")}
 
 
 def linear_cross_entropy(

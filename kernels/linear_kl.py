@@ -4,6 +4,7 @@ With a gradient: 4 GEMMs (both logits, both gradients), formed in the forward fo
 which the backward scales when it is uniform (`.sum()`, or a mean). Any other upstream costs a second pass.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .common import (
     check_head,
     check_temperature,
     give_weight_grad,
+    lazy_triton,
     log_softmax_,
     logit_chunks,
     operands,
@@ -31,7 +33,7 @@ class LinearKL(NamedTuple):
     ref_logprob: Tensor | None
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     hidden: Tensor
     weight: Tensor
     ref_hidden: Tensor
@@ -39,7 +41,7 @@ class _Inputs(NamedTuple):
     targets: Tensor | None
 
 
-def _reference(x: _Inputs, temperature: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _reference(x: Inputs, temperature: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = accumulate_dtype(x.hidden.dtype)
     p = (x.hidden.to(dtype) @ x.weight.to(dtype).t() / temperature).log_softmax(-1)
     q = (x.ref_hidden.detach().to(dtype) @ x.ref_weight.detach().to(dtype).t() / temperature).log_softmax(-1)
@@ -49,7 +51,7 @@ def _reference(x: _Inputs, temperature: float) -> tuple[Tensor, Tensor | None, T
     return kl, *(z.detach().gather(1, x.targets[:, None]).squeeze(1) for z in (p, q))
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     kl: Tensor
     logprob: Tensor | None
     ref_logprob: Tensor | None
@@ -57,7 +59,11 @@ class _Pass(NamedTuple):
     d_weight: Tensor | None
 
 
-def _kl_pass(x: _Inputs, temperature: float, upstream: Tensor | None, want: tuple[bool, bool]) -> _Pass:
+KLPass = Callable[[Inputs, float, Tensor | None, tuple[bool, bool]], Pass]
+"""(inputs, temperature, upstream, (want d_hidden, want d_weight)) -> one pass over all rows."""
+
+
+def _kl_pass(x: Inputs, temperature: float, upstream: Tensor | None, want: tuple[bool, bool]) -> Pass:
     """One pass over the rows; upstream [N] (None: all 1) multiplies each row's gradient."""
     h, w = operands(x.hidden, x.weight)
     grads = HeadGrad(h, w, *want)
@@ -82,7 +88,7 @@ def _kl_pass(x: _Inputs, temperature: float, upstream: Tensor | None, want: tupl
             grads.add(rows, dz if upstream is None else dz.mul_(upstream[rows, None]))
     if x.targets is None:
         logprob = ref_logprob = None
-    return _Pass(kl, logprob, ref_logprob, grads.hidden, grads.weight_sum())
+    return Pass(kl, logprob, ref_logprob, grads.hidden, grads.weight_sum())
 
 
 class _ForwardGradient(torch.autograd.Function):
@@ -96,19 +102,21 @@ class _ForwardGradient(torch.autograd.Function):
         targets: Tensor | None,
         temperature: float,
         want: tuple[bool, bool],
+        kl_pass: KLPass,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        inputs = _Inputs(hidden, weight, ref_hidden, ref_weight, targets)
-        result = _kl_pass(inputs, temperature, None, want)
+        inputs = Inputs(hidden, weight, ref_hidden, ref_weight, targets)
+        result = kl_pass(inputs, temperature, None, want)
         ctx.save_for_backward(*inputs)
         ctx.d_hidden, ctx.d_weight = result.d_hidden, result.d_weight
         ctx.temperature, ctx.want, ctx.main_grad = temperature, want, getattr(weight, "main_grad", None)
+        ctx.kl_pass = kl_pass
         ctx.mark_non_differentiable(*(x for x in (result.logprob, result.ref_logprob) if x is not None))
         return result.kl, result.logprob, result.ref_logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = _Inputs(*ctx.saved_tensors)
+        inputs = Inputs(*ctx.saved_tensors)
         d_hidden, d_weight = ctx.d_hidden, ctx.d_weight
         if upstream.stride(0) == 0 or upstream.numel() <= 1:
             # An expanded gradient is uniform, and that is known on the host.
@@ -118,21 +126,26 @@ class _ForwardGradient(torch.autograd.Function):
         elif d_weight is None:
             d_hidden = d_hidden * upstream[:, None]
         else:
-            again = _kl_pass(inputs, ctx.temperature, upstream, ctx.want)
+            again = ctx.kl_pass(inputs, ctx.temperature, upstream, ctx.want)
             d_hidden, d_weight = again.d_hidden, again.d_weight
         d_hidden = None if d_hidden is None else d_hidden.to(inputs.hidden.dtype)
         d_weight = give_weight_grad(d_weight, inputs.weight.dtype, ctx.main_grad)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
-def _chunked(x: _Inputs, temperature: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def differentiable_kl(x: Inputs, temperature: float, kl_pass: KLPass) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(kl, logprob, ref_logprob), the first differentiable, by a backend's pass over the rows."""
     grad = torch.is_grad_enabled()
     want = (grad and x.hidden.requires_grad, grad and x.weight.requires_grad)
     ref_hidden, ref_weight = x.ref_hidden.detach(), x.ref_weight.detach()
-    return _ForwardGradient.apply(x.hidden, x.weight, ref_hidden, ref_weight, x.targets, temperature, want)
+    return _ForwardGradient.apply(x.hidden, x.weight, ref_hidden, ref_weight, x.targets, temperature, want, kl_pass)
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+def _chunked(x: Inputs, temperature: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return differentiable_kl(x, temperature, _kl_pass)
+
+
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("head", "linear_kl")}
 
 
 def linear_kl(
@@ -160,7 +173,7 @@ def linear_kl(
     check_temperature("linear_kl", temperature)
     implementation = select("linear_kl", _IMPLEMENTATIONS, backend, hidden.device)
     clamped = None if targets is None else targets.clamp(0, weight.shape[0] - 1)
-    result = LinearKL(*implementation(_Inputs(hidden, weight, ref_hidden, ref_weight, clamped), temperature))
+    result = LinearKL(*implementation(Inputs(hidden, weight, ref_hidden, ref_weight, clamped), temperature))
     if targets is None:
         return result
     invalid = (targets < 0) | (targets >= weight.shape[0])

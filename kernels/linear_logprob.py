@@ -12,6 +12,7 @@ from .common import (
     check_head,
     check_temperature,
     give_weight_grad,
+    lazy_triton,
     like_chunk,
     log_softmax_,
     logit_chunks,
@@ -107,7 +108,7 @@ def _chunked(
     return LinearLogprob(*_Recompute.apply(hidden, weight, targets, valid, temperature, entropy))
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("head", "linear_logprob")}
 
 
 def linear_logprob(

@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import LOG_RATIO_LIMIT, accumulate_dtype, check_head, check_temperature, kept_rows, select, take
+from .common import (
+    LOG_RATIO_LIMIT,
+    accumulate_dtype,
+    check_head,
+    check_temperature,
+    kept_rows,
+    lazy_triton,
+    select,
+    take,
+)
 from .token_loss import token_loss
 
 STATS = ("pg", "kl", "clipped", "ratio", "ratio_sq", "entropy", "count")
@@ -27,7 +36,7 @@ class PolicyLoss(NamedTuple):
     """[N] detached log-probabilities of the targets; 0 for rows that were left out."""
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Per-row constants of the loss, each [N]."""
 
     old: Tensor
@@ -36,7 +45,7 @@ class _Rows(NamedTuple):
     ref: Tensor | None
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     clip_coef: float
     kl_coef: float
     kl_estimator: str
@@ -55,7 +64,7 @@ def _exp_clamped(x: Tensor) -> Tensor:
     return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def _terms(logprob: Tensor, r: _Rows, s: _Settings) -> _Terms:
+def _terms(logprob: Tensor, r: Rows, s: Settings) -> _Terms:
     """Row terms, each [N]; plain torch, so autograd through it is the reference's gradient."""
     ratio = _exp_clamped(logprob - r.old)
     plain = -r.advantage * ratio
@@ -68,7 +77,7 @@ def _terms(logprob: Tensor, r: _Rows, s: _Settings) -> _Terms:
     return _Terms(torch.maximum(plain, bounded), kl, bounded > plain, ratio)
 
 
-def _gradient(logprob: Tensor, r: _Rows, s: _Settings, terms: _Terms) -> Tensor:
+def _gradient(logprob: Tensor, r: Rows, s: Settings, terms: _Terms) -> Tensor:
     """d(pg + kl_coef kl) / dlogprob, [N]: what autograd gives for _terms, in closed form."""
     active = ((logprob - r.old).abs() <= LOG_RATIO_LIMIT) & ~terms.clipped
     g = torch.where(active, -r.advantage * terms.ratio, 0.0)
@@ -79,7 +88,7 @@ def _gradient(logprob: Tensor, r: _Rows, s: _Settings, terms: _Terms) -> Tensor:
     return g
 
 
-def _stats(logprob: Tensor, entropy: Tensor, r: _Rows, s: _Settings) -> dict[str, Tensor]:
+def _stats(logprob: Tensor, entropy: Tensor, r: Rows, s: Settings) -> dict[str, Tensor]:
     t = _terms(logprob, r, s)
     rows = torch.stack(
         (t.pg, t.kl, t.clipped.to(logprob.dtype), t.ratio, t.ratio.square(), entropy, torch.ones_like(logprob))
@@ -87,7 +96,7 @@ def _stats(logprob: Tensor, entropy: Tensor, r: _Rows, s: _Settings) -> dict[str
     return dict(zip(STATS, (rows * r.weights).sum(1).unbind(), strict=True))
 
 
-def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, r: _Rows, s: _Settings) -> PolicyLoss:
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, r: Rows, s: Settings) -> PolicyLoss:
     dtype = accumulate_dtype(hidden.dtype)
     z = (hidden.to(dtype) @ weight.to(dtype).t() / s.temperature).log_softmax(-1)
     logprob = z.gather(1, targets[:, None]).squeeze(1)
@@ -97,11 +106,11 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, r: _Rows, s: _Se
     return PolicyLoss(loss, _stats(logprob.detach(), entropy.detach(), r, s), logprob.detach())
 
 
-def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, r: _Rows, s: _Settings) -> PolicyLoss:
+def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, r: Rows, s: Settings) -> PolicyLoss:
     factor = r.weights * s.scale
 
     def row_loss(rows: slice, logprob: Tensor) -> tuple[Tensor, Tensor]:
-        part = _Rows(*(None if x is None else x[rows] for x in r))
+        part = Rows(*(None if x is None else x[rows] for x in r))
         t = _terms(logprob, part, s)
         return (t.pg + s.kl_coef * t.kl) * factor[rows], _gradient(logprob, part, s, t) * factor[rows]
 
@@ -109,7 +118,7 @@ def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, r: _Rows, s: _Sett
     return PolicyLoss(loss, _stats(logprob, entropy, r, s), logprob)
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked}
+_IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("head", "linear_policy_loss")}
 
 
 def linear_policy_loss(
@@ -152,8 +161,8 @@ def linear_policy_loss(
     taken = (
         take(x if x is None else x.detach().to(dtype), index) for x in (old_logprob, advantage, weights, ref_logprob)
     )
-    settings = _Settings(clip_coef, kl_coef, kl_estimator, temperature, scale)
-    result = implementation(take(hidden, index), weight, take(targets, index), _Rows(*taken), settings)
+    settings = Settings(clip_coef, kl_coef, kl_estimator, temperature, scale)
+    result = implementation(take(hidden, index), weight, take(targets, index), Rows(*taken), settings)
     if index is None:
         return result
     logprob = torch.zeros(targets.shape, dtype=dtype, device=hidden.device).index_copy_(0, index, result.logprob)

@@ -24,7 +24,18 @@ class TokenLoss(NamedTuple):
     entropy: Tensor | None
 
 
-class _ForwardGradient(torch.autograd.Function):
+class ForwardGradient(torch.autograd.Function):
+    """A scalar loss whose gradients its forward left in ctx: d_hidden, d_weight, dtypes, main_grad."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_hidden = None if ctx.d_hidden is None else (ctx.d_hidden * upstream).to(ctx.dtypes[0])
+        d_weight = None if ctx.d_weight is None else ctx.d_weight * upstream
+        return d_hidden, give_weight_grad(d_weight, ctx.dtypes[1], ctx.main_grad), None, None, None, None, None
+
+
+class _TokenLoss(ForwardGradient):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
@@ -64,13 +75,6 @@ class _ForwardGradient(torch.autograd.Function):
         ctx.mark_non_differentiable(*(x for x in (logprob, entropy) if x is not None))
         return losses.sum(), logprob, entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_hidden = None if ctx.d_hidden is None else (ctx.d_hidden * upstream).to(ctx.dtypes[0])
-        d_weight = None if ctx.d_weight is None else ctx.d_weight * upstream
-        return d_hidden, give_weight_grad(d_weight, ctx.dtypes[1], ctx.main_grad), None, None, None, None, None
-
 
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_loss: RowLoss, temperature: float, *, entropy: bool
@@ -78,4 +82,4 @@ def token_loss(
     """Sum of row losses, differentiable in hidden and weight. Every target must lie in [0, V)."""
     grad = torch.is_grad_enabled()
     want = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return TokenLoss(*_ForwardGradient.apply(hidden, weight, targets, row_loss, temperature, entropy, want))
+    return TokenLoss(*_TokenLoss.apply(hidden, weight, targets, row_loss, temperature, entropy, want))

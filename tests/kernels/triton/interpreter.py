@@ -85,4 +85,7 @@ def repair() -> None:
     InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(
         from_float32(np.array([value], dtype=np.float32)), tl.bfloat16
     )
+    # A kernel's helpers are called while the kernel has triton.language patched; as shipped every call patches it
+    # anew, which takes most of the time.
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     interpreter._patch_lang_tensor = _patched_language(interpreter._patch_lang_tensor)
