@@ -66,6 +66,16 @@ def _patched_language(original: Any) -> Any:
     return patch
 
 
+def _patched_with_core(original: Any) -> Any:
+    def patch(fn: Any) -> Any:
+        scope = original(fn)
+        # Triton's own helpers, such as tl.zeros, use triton.language.core, which a kernel's module does not name.
+        scope._changes += original(tl.zeros.fn)._changes
+        return scope
+
+    return patch
+
+
 def repair() -> None:
     """Patch this process's interpreter; a second call changes nothing."""
     if getattr(InterpreterBuilder, "repaired", False):
@@ -87,5 +97,6 @@ def repair() -> None:
     )
     # A kernel's helpers are called while the kernel has triton.language patched; as shipped every call patches it
     # anew, which takes most of the time.
+    interpreter._patch_lang = _patched_with_core(interpreter._patch_lang)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     interpreter._patch_lang_tensor = _patched_language(interpreter._patch_lang_tensor)
