@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .common import lazy_triton, select
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -64,33 +66,24 @@ def _check_settings(temperature: float | Tensor, top_k: int | Tensor, top_p: flo
         raise ValueError(f"sample_tokens: top_p must lie in (0, 1] (1 = off), got {top_p}")
 
 
-def sample_tokens(
+def _sample_torch(
     logits: Tensor,
     keys: Tensor,
     positions: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    top_k: int | Tensor = 0,
-    top_p: float | Tensor = 1.0,
-    uniform: Tensor | None = None,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    uniform: Tensor | None,
+    truncate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(token[B] int64, logprob[B] f32) drawn by inverse CDF with one uniform per row.
-
-    logits [B, V]; keys, positions [B] int64 name the row's randomness (`uniform` [B] float64: the same numbers made
-    ahead by philox_uniform). temperature, top_k and top_p are scalars or [B]. Temperature 0 is greedy, ties to the
-    lowest index. logprob is that of the distribution sampled from (greedy: 0).
-    """
-    _check_settings(temperature, top_k, top_p)
     greedy = temperature == 0
-    if greedy is True:
-        return logits.argmax(-1), torch.zeros(logits.shape[0], device=logits.device)
     z = logits.float()
     if isinstance(temperature, Tensor):
         z = z / torch.where(greedy, 1.0, temperature.float())[:, None]
     elif temperature != 1.0:
         z = z / temperature
     logp = z.log_softmax(-1)
-    if not (_is_off(top_k, 0) and _is_off(top_p, 1)):
+    if truncate:
         logp = _truncate(logp, top_k, top_p)
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1]
@@ -104,3 +97,31 @@ def sample_tokens(
     if isinstance(greedy, Tensor):
         token, logprob = torch.where(greedy, logits.argmax(-1), token), logprob.masked_fill(greedy, 0.0)
     return token, logprob
+
+
+_SAMPLE = {"reference": _sample_torch, "chunked": _sample_torch, "triton": lazy_triton("sampling", "sample_tokens")}
+
+
+def sample_tokens(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    uniform: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(token[B] int64, logprob[B] f32) drawn by inverse CDF with one uniform per row.
+
+    logits [B, V]; keys, positions [B] int64 name the row's randomness (`uniform` [B] float64: the same numbers made
+    ahead by philox_uniform). temperature, top_k and top_p are scalars or [B]. Temperature 0 is greedy, ties to the
+    lowest index. logprob is that of the distribution sampled from (greedy: 0).
+    """
+    _check_settings(temperature, top_k, top_p)
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        return logits.argmax(-1), torch.zeros(logits.shape[0], device=logits.device)
+    implementation = select("sample_tokens", _SAMPLE, backend, logits.device)
+    truncate = not (_is_off(top_k, 0) and _is_off(top_p, 1))
+    return implementation(logits, keys, positions, temperature, top_k, top_p, uniform, truncate)
