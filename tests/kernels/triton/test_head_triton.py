@@ -240,6 +240,37 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
                 test_as_exact_as_torch(policy, dtype, "random")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["cross entropy", "policy loss"])
+def test_gpu_memory_is_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """At most a quarter of the fp32 logits, gradients included."""
+    monkeypatch.undo()
+    rows, vocab, width = 16384, 32768, 256
+    g = torch.Generator("cuda").manual_seed(0)
+    h, w = (torch.randn(n, width, generator=g, device="cuda").bfloat16().requires_grad_() for n in (rows, vocab))
+    targets = torch.randint(0, vocab, (rows,), generator=g, device="cuda")
+    zeros = torch.zeros(rows, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if op == "cross entropy":
+        linear_cross_entropy(h, w, targets, backend="triton").backward()
+    else:
+        linear_policy_loss(h, w, targets, zeros, zeros, backend="triton").loss.backward()
+    assert torch.cuda.max_memory_allocated() - before <= rows * vocab * 4 / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_agrees_with_chunked(monkeypatch: pytest.MonkeyPatch, op: Callable, dtype: torch.dtype) -> None:
+    """At the kernels' own block sizes, on a vocabulary that no block divides."""
+    monkeypatch.undo()
+    p = {name: value.cuda() for name, value in problem(dtype, 40000, 300).items()}
+    for ours, chunked in zip(*(results_of(op, p, dtype, b, "expanded") for b in ("triton", "chunked")), strict=True):
+        difference = (ours.double() - chunked.double()).norm()
+        assert difference <= (8e-3 if ours.dtype == torch.bfloat16 else 1e-4) * chunked.double().norm().clamp_min(1e-3)
+
+
 def row_cases() -> list[Case]:
     integers = ("n", "mode", "write", "has_ref", "k3")
     sizes = {"vocab": "i32", "stride": "i32", "grad_stride": "i32"}
@@ -249,8 +280,8 @@ def row_cases() -> list[Case]:
     pair = dict.fromkeys(("policy", "reference", "upstream", "outputs"), "*fp32") | {"targets": "*i64"}
     pair |= sizes | dict.fromkeys(("n", "has_targets", "has_upstream", "write"), "i32") | {"inv_t": "fp32"}
     return [
-        Case(name, signature | {"grad": grad}, {"BLOCK": 8192}, warps=32, aligned=tuple(sizes))
-        for name, signature in (("rows:_row", row), ("rows:_kl_row", pair))
+        Case(name, signature | {"grad": grad}, {"BLOCK": block}, warps=32, aligned=tuple(sizes))
+        for name, signature, block in (("rows:_row", row, 16384), ("rows:_kl_row", pair, 8192))
         for grad in ("*fp32", "*bf16")
     ]
 

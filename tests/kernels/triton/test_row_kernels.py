@@ -127,6 +127,19 @@ def test_gradient(case: str, dtype: torch.dtype) -> None:
     check_gradient(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_vocabulary_in_the_kernels_own_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 16384)
+    z, targets = normal(1, 128_256 - 3, dtype=torch.float32) * 4, torch.tensor([128_252])
+    inputs = torch.tensor([[1.0], [0.5], [0.0], [0.0]])
+    outputs, dz = run(z, targets, inputs, kernels.LINEAR, True, 1.0, dtype)
+    for row, one, other in zip(STATISTICS, statistics(z, targets), statistics(z.double(), targets), strict=True):
+        assert_as_exact_as_torch(outputs[row], one, other)
+    exact = -0.5 * z.double().softmax(-1)
+    exact[0, -1] += 1
+    assert_as_exact_as_torch(dz, exact.float().to(dtype), exact)
+
+
 def test_a_row_without_any_probability_is_nan_as_in_torch() -> None:
     z, targets = torch.full((1, 20), -torch.inf), torch.tensor([3])
     outputs, _ = run(z, targets, torch.zeros(4, 1), kernels.STATISTICS, False)
