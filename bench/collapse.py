@@ -37,6 +37,7 @@ def run_case(source: Path, scratch: Path, name: str, extra: list[str]) -> dict[s
     shutil.copytree(source, scratch)
     seed = [line.split("=")[1].strip() for line in (source / "config.toml").read_text().splitlines() if "seed" in line]
     arguments = ["--run-dir", str(scratch), "--seed", seed[0], "--stages", STAGES, "--restart-from", stage]
+    arguments += ["--evaluate.num_red_team", "300"]
     with contextlib.redirect_stdout(io.StringIO()):
         code = train.main([*arguments, *settings, *extra])
     if code:
