@@ -1,9 +1,7 @@
 """The row kernels alone, on logits made by hand: fp64 references, poisoned memory, planted faults."""
 
-import importlib.util
 import math
 import mmap
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ import pytest
 import torch
 from cai_fast.kernels.triton import rows as kernels
 from guarded import BAND, assert_as_exact_as_torch
+from mutants import mutant
 from torch import Tensor
 
 BLOCK = 16
@@ -254,20 +253,6 @@ def test_kl_of_identical_models_is_exactly_zero() -> None:
     assert not outputs[0].any() and not memory.any()
 
 
-def mutant(tmp_path: Path, old: str, new: str, name: str) -> ModuleType:
-    """rows.py with one piece of text replaced, as a module of its own."""
-    source = Path(kernels.__file__).read_text()
-    assert old in source, f"nothing to plant the fault in: {old}"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    module.MAX_BLOCK = BLOCK
-    return module
-
-
 FAULTS = {
     "columns beyond V count as logit 0": (
         'tl.constexpr(-float("inf"))', "tl.constexpr(0.0)", lambda m: check_statistics("negative", module=m)
@@ -320,9 +305,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(tmp_path: Path, fault: str) -> None:
     old, new, check = FAULTS[fault]
-    name = f"cai_fast.kernels.triton.mutant_{len(sys.modules)}"
-    try:
+    with mutant(kernels, tmp_path, old, new) as module:
+        module.MAX_BLOCK = BLOCK
         with pytest.raises(AssertionError):
-            check(mutant(tmp_path, old, new, name))
-    finally:
-        sys.modules.pop(name, None)
+            check(module)
