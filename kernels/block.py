@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .common import accumulate_dtype, select
+from .common import accumulate_dtype, lazy_triton, select
 
 
 def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,7 +42,7 @@ def _rms_norm_chunked(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
-_RMS_NORM = {"reference": _rms_norm_reference, "chunked": _rms_norm_chunked}
+_RMS_NORM = {"reference": _rms_norm_reference, "chunked": _rms_norm_chunked, "triton": lazy_triton("block", "rms_norm")}
 
 
 def rms_norm(
@@ -90,7 +90,7 @@ def _rotate_chunked(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(x, cos, sin)
 
 
-_ROPE = {"reference": _rotate_reference, "chunked": _rotate_chunked}
+_ROPE = {"reference": _rotate_reference, "chunked": _rotate_chunked, "triton": lazy_triton("block", "rotate")}
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _swiglu_chunked(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGlu.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
 
 
-_SWIGLU = {"reference": _swiglu_reference, "chunked": _swiglu_chunked}
+_SWIGLU = {"reference": _swiglu_reference, "chunked": _swiglu_chunked, "triton": lazy_triton("block", "swiglu")}
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
