@@ -13,6 +13,7 @@ import torch
 
 from cai_fast import kernels, pipeline, rng
 from cai_fast.constitution import Principle
+from cai_fast.errors import InputError
 from cai_fast.pipeline import Context, KeyParts, Prefixes
 from cai_fast.records import Comparison, Label, Turn, content_id
 from cai_fast.tokenizer import Rendered
@@ -98,6 +99,8 @@ class Judge:
         needed = max((len(r.prefix) + len(r.ids) for r in rendered), default=0) + more
         if needed <= self.room:
             return
+        if 0 < (limit := self.ctx.config.engine.max_len) < needed:
+            raise InputError(f"{self.role}: a question of {needed} tokens; engine.max_len = {limit} must be raised.")
         self.room = pipeline.round_up(needed)
         work = self.engine.counters
         del self.engine, self.prefixes  # frees the old cache before the new one is made

@@ -30,12 +30,13 @@ class Rejected(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A comparison from a file: prob_a = P(response_a is better)."""
+    """A comparison from a file: prob_a = P(response_a is better); `line` from 1."""
 
     turns: tuple[Turn, ...]
     response_a: str
     response_b: str
     prob_a: float
+    line: int = 0
 
 
 class Question(NamedTuple):
@@ -72,14 +73,14 @@ def lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def _rows(path: str | Path, parse: Callable[[Any], list], max_bad_fraction: float) -> tuple[list, list[Rejected]]:
-    """All results of `parse`, plus the rejected rows."""
+    """(line, result) of all results of `parse`, plus the rejected rows."""
     good: list = []
     rejected: list[Rejected] = []
     total = 0
     for number, row in lines(path):
         total += 1
         try:
-            good += parse(row)
+            good += [(number, item) for item in parse(row)]
         except BadRow as reason:
             rejected.append(Rejected(number, str(reason)))
     if not total:
@@ -176,7 +177,7 @@ def read_prompts(
     """
     found, rejected = _rows(path, _prompts_of, max_bad_fraction)
     prompts = {}
-    for turns in found:
+    for _, turns in found:
         key = content_id(kind, turns)
         if key not in prompts:
             split = encode_split(turns[0].text, eval_fraction)
@@ -218,7 +219,8 @@ def _preference_of(row: Any) -> list[Preference]:
 
 def read_comparisons(path: str | Path, *, max_bad_fraction: float = 0.05) -> tuple[list[Preference], list[Rejected]]:
     """Preferences of a file: chosen/rejected (prob_a = 1) or response_a, response_b, prob_a with prompt or turns."""
-    return _rows(path, _preference_of, max_bad_fraction)
+    found, rejected = _rows(path, _preference_of, max_bad_fraction)
+    return [row._replace(line=number) for number, row in found], rejected
 
 
 def read_labels(path: str | Path, *, max_bad_fraction: float = 0.0) -> dict[str, float]:
@@ -233,7 +235,7 @@ def read_labels(path: str | Path, *, max_bad_fraction: float = 0.0) -> dict[str,
         return [(row["comparison_id"], float(prob_a))]
 
     found, _ = _rows(path, parse, max_bad_fraction)
-    return dict(found)
+    return dict(row for _, row in found)
 
 
 def read_hhh(path: str | Path) -> list[Question]:
@@ -252,4 +254,4 @@ def read_hhh(path: str | Path) -> list[Question]:
             raise BadRow("text_correct and text_incorrect answer different conversations")
         return [Question(row["prompt"], correct[0], tuple(incorrect), better[:-1], _answer(better), _answer(worse))]
 
-    return _rows(path, parse, 0.0)[0]
+    return [question for _, question in _rows(path, parse, 0.0)[0]]

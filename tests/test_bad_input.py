@@ -204,7 +204,7 @@ CASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "options alike": (word_tokenizer, ("same tokens", "options")),
     "preference model as judge": (scalar_head, ("model.judge must be a language model",)),
     "no helpfulness comparisons": (settings(data__preferences=""), ("data.preferences", "pm.harmless_only")),
-    "only the toy's comparisons": (settings(data__preferences=None), ("data.preferences", "toy")),
+    "only the toy's comparisons": (settings(data__preferences="toy"), ("data.preferences", "toy")),
     "empty comparisons": (empty_preferences, ("c.jsonl", "empty")),
     "no usable comparison": (useless_preferences, ("no usable comparison",)),
     "missing hhh file": (settings(evaluate__hhh="no/hhh.jsonl"), ("no/hhh.jsonl: no such file",)),

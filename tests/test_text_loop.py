@@ -14,7 +14,7 @@ import textworld
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from cai_fast import constitution, model, records
+from cai_fast import constitution, model, readers, records
 from cai_fast.engine import Sampling
 from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision, Rollout
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -95,6 +95,13 @@ def test_counts_add_up(run: Path) -> None:
     assert {row.split for row in given} == {"train", "eval"}
     labels = {row.comparison_id: row for row in rows(run, "labels")}
     assert all(labels[row.id].prob_a == row.provenance["prob_a"] for row in given)
+    source = dict(readers.lines(given[0].provenance["file"]))
+    for row in given:
+        line = source[row.provenance["line"]]
+        assert (row.response_a, row.response_b) == tuple(
+            line[k].split("Assistant: ")[-1] for k in ("chosen", "rejected")
+        )
+        assert labels[row.id].provenance["line"] == row.provenance["line"]
     assert summary(run, "label")["requested"] == summary(run, "label")["kept"] == pairs["kept"]
     trained = summary(run, "sft")
     assert trained["examples"] == 2 * made["kept"] + made["helpful_kept"]

@@ -32,6 +32,7 @@ def run(ctx: Context) -> None:
     prompts = pipeline.load_prompts(ctx, kind="red_team", split="train")
     chosen = pipeline.take(ctx, prompts, "compare", cfg.num_prompts)
     by_id = {p.id: p for p in chosen}
+    helpful, malformed = helpfulness(ctx)  # first: a bad file must not cost the sampling
     worker = Worker(ctx)
     wanted = [f"{p.id}/{n}" for n in range(cfg.pairs_per_prompt) for p in chosen]
     rows = pipeline.journaled(
@@ -40,7 +41,6 @@ def run(ctx: Context) -> None:
     summary: dict[str, Any] = {}
     if ctx.dist.is_main:
         kept = [row for row in rows.values() if row["reject_reason"] is None]
-        helpful, malformed = helpfulness(ctx)
         pairs = [Comparison.from_json(row["record"]) for row in kept]
         write_jsonl(ctx.run.path("comparisons.jsonl"), pairs + helpful)
         tokens = {key: (ids, None) for row in kept for key, ids in row["tokens"].items()}
@@ -68,11 +68,14 @@ def helpfulness(ctx: Context) -> tuple[list[Comparison], int]:
     rows, malformed = readers.read_comparisons(path, max_bad_fraction=data.max_bad_fraction)
     known = {p.turns: p.id for p in pipeline.load_prompts(ctx)}
     found: list[Comparison] = []
-    for number, row in enumerate(rows):
+    for bad in malformed[:5]:
+        ctx.log.warn(f"{path}, line {bad.line}: {bad.reason}")
+    given, digest = "preferences.jsonl" if toy else data.preferences, pipeline.data_file_hash(str(path))
+    for row in rows:
         split = "train" if toy else readers.encode_split(row.turns[0].text, data.eval_fraction)
-        origin = {"file": path.name, "row": number, "turns": row.turns, "prob_a": row.prob_a}
+        origin = {"file": given, "file_hash": digest, "line": row.line, "turns": row.turns, "prob_a": row.prob_a}
         found.append(Comparison(
-            content_id("comparison", path.name, number, row), known.get(row.turns) or content_id("helpful", row.turns),
+            content_id("comparison", digest, row.line), known.get(row.turns) or content_id("helpful", row.turns),
             "helpful", "corpus" if toy else "human", row.response_a, row.response_b, split, origin,
         ))  # fmt: skip
     return found, len(malformed)

@@ -77,7 +77,7 @@ def imported_labels(ctx: Context, comparisons: Sequence[Comparison]) -> list[Lab
 def given(comparison: Comparison) -> Label:
     """The label that a comparison made elsewhere came with."""
     origin = comparison.provenance
-    source = {"from": origin["file"], "row": origin["row"]}
+    source = {"from": origin["file"], "line": origin["line"]}
     return Label(content_id("label", comparison.id), comparison.id, origin["prob_a"], provenance=source)
 
 

@@ -190,8 +190,11 @@ def held_out_results(model: Model, pairs: list[Pair]) -> dict[str, dict[str, Any
 
 
 def agreement(margins: list[float], prob_a: list[float]) -> dict[str, Any]:
-    """How score differences fit soft labels: accuracy where the label takes a side, and calibration (paper Fig. 9)."""
+    """How score differences fit soft labels: accuracy where the label takes a side, and calibration (paper Fig. 9).
+
+    Calibration counts every pair from both sides: files of chosen and rejected answers have the better one first.
+    """
     predicted = [0.5 * (1.0 + math.tanh(m / 2)) for m in margins]  # the logistic function, safe for any m
     sided = [float((m > 0) == (p > 0.5)) if m else 0.5 for m, p in zip(margins, prob_a, strict=True) if p != 0.5]
     result = {"accuracy": fmean(sided) if sided else None, "sided": len(sided), "count": len(margins)}
-    return result | elo.calibration(predicted, prob_a)
+    return result | elo.calibration(predicted + [1.0 - p for p in predicted], prob_a + [1.0 - p for p in prob_a])
