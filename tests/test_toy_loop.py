@@ -68,8 +68,7 @@ def test_forced_collapses_collapse_and_the_guards_flag_them(tmp_path: Path) -> N
     results = collapse.campaign(tmp_path / "seed_0")
     collapsed, stopped = results["harmless_only, guards off"], results["harmless_only, guards on"]
     assert collapsed["rl_cai"]["benign"]["helpful"] < 0.6 and collapsed["guard"] == ""
-    # Stopped at the bound, the export is the last checkpoint before it: on the way, but not there.
-    assert stopped["guard"] and stopped["rl_cai"]["benign"]["helpful"] > collapsed["rl_cai"]["benign"]["helpful"] + 0.2
+    assert stopped["guard"] and stopped["rl_cai"]["benign"]["helpful"] > 0.8
     drifted, stopped = results["no_kl, guards off"], results["no_kl, guards on"]
     assert drifted["kl_exact_max"] > 8 and drifted["guard"] == ""
     assert stopped["guard"] and stopped["rl_cai"]["benign"]["helpful"] > 0.8
