@@ -98,11 +98,15 @@ def chunk_rows(vocab: int, device: torch.device) -> int:
     return min(2048, max(256, _CPU_ELEMENTS // vocab // _ROW_MULTIPLE * _ROW_MULTIPLE))
 
 
-def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrix operands of one dtype. CPU has no mixed-precision GEMM with fp32 output, so half types are widened."""
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """CPU has no mixed-precision GEMM with fp32 output, so half types are widened there."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if hidden.device.type == "cpu":
-        dtype = accumulate_dtype(dtype)
+    return accumulate_dtype(dtype) if hidden.device.type == "cpu" else dtype
+
+
+def operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix operands of one dtype."""
+    dtype = operand_dtype(hidden, weight)
     return hidden.detach().to(dtype), weight.detach().to(dtype)
 
 

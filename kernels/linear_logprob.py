@@ -109,6 +109,7 @@ def _chunked(
 
 
 _IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("head", "linear_logprob")}
+_TILED = _IMPLEMENTATIONS | {"triton": lazy_triton("head", "tiled_logprob")}
 
 
 def linear_logprob(
@@ -118,14 +119,27 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    tiled: bool = False,
     backend: str = "auto",
 ) -> LinearLogprob:
     """Log-probability of each row's target, log-sum-exp and, if asked, entropy: fp32, differentiable.
 
     hidden [N, H], weight [V, H], targets [N] int64. A row's result does not depend on the rows around it.
+
+    tiled: for inference only. No gradient is formed, and on Triton the logits exist but as one tile in the L2 cache,
+    which takes less than 64 MB in place of a chunk of rows times V. Its sums run in another order, so that the last
+    bits may differ from those of the losses; the default takes the losses' own path, whose log-prob makes the first
+    ratio of `linear_policy_loss` exactly 1. On the other backends the values are the same bits either way.
+
+    ValueError: shapes that do not fit, temperature <= 0, or tiled where a gradient would be formed.
     """
     check_head("linear_logprob", hidden, weight, targets=targets)
     check_temperature("linear_logprob", temperature)
-    implementation = select("linear_logprob", _IMPLEMENTATIONS, backend, hidden.device)
+    if tiled and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        raise ValueError(
+            "linear_logprob: tiled=True forms no gradient, but hidden or weight requires one. "
+            "Call it under torch.no_grad(), or leave tiled off"
+        )
+    implementation = select("linear_logprob", _TILED if tiled else _IMPLEMENTATIONS, backend, hidden.device)
     valid = (targets >= 0) & (targets < weight.shape[0])
     return implementation(hidden, weight, targets.clamp(0, weight.shape[0] - 1), valid, temperature, entropy)

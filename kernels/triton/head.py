@@ -15,6 +15,7 @@ from ..linear_kl import Inputs, Pass, differentiable_kl
 from ..linear_logprob import LinearLogprob
 from ..linear_policy_loss import STATS, PolicyLoss, Rows, Settings
 from ..token_loss import ForwardGradient
+from . import fused_logprob, tiles
 from . import rows as kernels
 
 
@@ -128,6 +129,19 @@ def linear_logprob(
 ) -> LinearLogprob:
     logprob, lse, row_entropy = _Recompute.apply(hidden, weight, targets.contiguous(), valid, temperature)
     return LinearLogprob(logprob, lse, row_entropy if entropy else None)
+
+
+def tiled_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, temperature: float, entropy: bool
+) -> LinearLogprob:
+    """`linear_logprob` without gradients and without a chunk of logits."""
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    shape = (weight.shape[1], weight.shape[0])
+    fused = half and shape in fused_logprob.FUSED_SHAPES and fused_logprob.fits(hidden, weight)
+    statistics = (fused_logprob if fused else tiles).statistics
+    results = statistics(hidden.detach(), weight.detach(), targets.contiguous(), temperature)
+    logprob, lse, row_entropy = results.unbind()
+    return LinearLogprob(logprob.masked_fill(~valid, 0.0), lse, row_entropy if entropy else None)
 
 
 def _kl_pass(x: Inputs, temperature: float, upstream: Tensor | None, want: tuple[bool, bool]) -> Pass:
