@@ -22,9 +22,9 @@ from ..common import _mm, accumulate_dtype, operand_dtype
 from .rows import _ABSENT, _LOG2E, _LOWEST, ENTROPY, LOGPROB, LSE, _online
 
 CHUNK, TILE = 2048, 4096
-"""Rows and columns of the buffer: 33.6 MB of fp32 logits in the L2 of an H100 or H200 (50 MB). The tile of a bf16 weight
-with H = 4096 is as large again and streams past it. As one product 16 x 16 output blocks of 128 x 256, which fill 132
-multiprocessors twice to 97 %. Chosen by sizes, not yet by timing: CHUNK = 1024 halves the buffer."""
+"""Rows and columns of the buffer: 33.6 MB of fp32 logits, for the L2 of an H100 or H200 (50 MB), past which the tile of
+the weight streams (as large again for bf16 and H = 4096). A product has 16 x 16 output blocks of 128 x 256, which fill
+132 multiprocessors twice to 97 %. Chosen by sizes, not yet by timing: 1024 rows would fill them once as well."""
 
 STATISTICS = (LOGPROB, LSE, ENTROPY)
 """The rows of what `statistics` returns, as in the first three of the row kernels' outputs."""
