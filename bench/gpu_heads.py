@@ -66,7 +66,12 @@ def _works(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Callabl
         "cross entropy": lambda: torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets), grads),
         "policy loss": policy,
         "logprob + entropy, no grad": lambda: kernels.linear_logprob(h, w, targets, entropy=True),
+        "logprob + entropy, tiled": lambda: kernels.linear_logprob(h, w, targets, entropy=True, tiled=True),
     }
+    if hidden.is_cuda:
+        from cai_fast.kernels.triton import fused_logprob
+
+        works["logprob + entropy, one kernel"] = lambda: fused_logprob.statistics(h, w, targets, 1.0)
     if rows * vocab <= 8192 * 152064:
         works["eager cross entropy"] = lambda: torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), grads)
         works["exact KL with grad"] = lambda: torch.autograd.grad(

@@ -124,7 +124,10 @@ class Engine:
     def logprobs(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, temperature: float = 1.0
     ) -> list[list[float]]:
-        """Log-probability of every response token after its prompt, by the trainer's packed forward and head."""
+        """Log-probability of every response token after its prompt, by the trainer's packed forward.
+
+        On a GPU the head is the tiled one, whose last bits may differ from those of the trainer's losses.
+        """
         return scoring.logprobs(self._trunk, prompts, responses, temperature, max_tokens=self.prefill_tokens)
 
     @torch.no_grad()

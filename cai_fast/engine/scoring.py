@@ -129,7 +129,7 @@ def score(
 def _mass(hidden: Tensor, weight: Tensor, option_ids: Tensor) -> Tensor:
     """Full-vocabulary probability [B] of all options together."""
     ids = option_ids[option_ids >= 0].unique()
-    lse = kernels.linear_logprob(hidden, weight, ids[:1].expand(hidden.shape[0])).lse
+    lse = kernels.linear_logprob(hidden, weight, ids[:1].expand(hidden.shape[0]), tiled=True).lse
     return torch.exp(torch.logsumexp(hidden.float() @ weight[ids].float().T, 1) - lse)
 
 
@@ -141,7 +141,7 @@ def logprobs(
     *,
     max_tokens: int,
 ) -> list[list[float]]:
-    """See `Engine.logprobs`: the trainer's own packed attention and head."""
+    """See `Engine.logprobs`: the trainer's own packed attention, and its head without a chunk of logits."""
     if len(prompts) != len(responses):
         raise InputError(f"engine: {len(responses)} responses for {len(prompts)} prompts")
     if not all(prompts):
@@ -165,7 +165,9 @@ def logprobs(
             hidden = model.hidden(flat, positions, cu, lens=lens)[trunk.tensor(rows)]
             trunk.counters["trunk_tokens"] += sum(lens)
             trunk.counters["head_rows"] += len(rows)
-            head = kernels.linear_logprob(hidden, model.lm_head_weight, trunk.tensor(targets), temperature=temperature)
+            head = kernels.linear_logprob(
+                hidden, model.lm_head_weight, trunk.tensor(targets), temperature=temperature, tiled=True
+            )
             values = head.logprob.tolist()
         for i in group:
             result.append(values[: len(responses[i])])

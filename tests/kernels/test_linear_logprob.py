@@ -110,6 +110,26 @@ def test_main_grad_and_frozen_weight(head) -> None:
     assert torch.autograd.grad(frozen, hidden)[0].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiled_is_the_same_without_a_gradient(head, backend: str) -> None:
+    hidden, weight, targets = head(70, 6, 20)
+    expected = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, backend=backend)
+    call = {"temperature": 0.7, "entropy": True, "tiled": True, "backend": backend}
+    with torch.no_grad():
+        quiet = linear_logprob(hidden, weight, targets, **call)
+    detached = linear_logprob(hidden.detach(), weight.detach(), targets, **call)
+    for a, b, c in zip(quiet, detached, expected, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, c) and not (a.requires_grad or b.requires_grad)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_tiled_refuses_to_lose_a_gradient(head, backend: str) -> None:
+    hidden, weight, targets = head(3, 6, 20)
+    for h, w in ((hidden, weight.detach()), (hidden.detach(), weight)):
+        with pytest.raises(ValueError, match="tiled=True forms no gradient.* torch.no_grad"):
+            linear_logprob(h, w, targets, tiled=True, backend=backend)
+
+
 def test_temperature_must_be_positive(head) -> None:
     hidden, weight, targets = head(2, 2, 2)
     with pytest.raises(ValueError, match="linear_logprob: temperature must be > 0, got 0"):
