@@ -128,8 +128,9 @@ def linear_logprob(
 
     tiled: for inference only. No gradient is formed, and on Triton the logits exist but as one tile in the L2 cache,
     which takes less than 64 MB in place of a chunk of rows times V. Its sums run in another order, so that the last
-    bits may differ from those of the losses; the default takes the losses' own path, whose log-prob makes the first
-    ratio of `linear_policy_loss` exactly 1. On the other backends the values are the same bits either way.
+    bits may differ from those of the losses, and may depend on N; the default takes the losses' own path, whose
+    log-prob makes the first ratio of `linear_policy_loss` exactly 1. On the other backends the values are the same
+    bits either way.
 
     ValueError: shapes that do not fit, temperature <= 0, or tiled where a gradient would be formed.
     """
