@@ -2,8 +2,8 @@
 
 Per chunk of CHUNK rows and tile of TILE vocabulary entries, in that order: one matrix product into the one buffer there
 is, then one program per row that takes the row's part of the tile into four running numbers, the last tile's program
-turning them into log-prob, log-sum-exp and entropy. A tile is read while it is still in the L2 cache, so that beyond
-the product's own reads only the buffer's worth of memory is used and hardly any of its traffic reaches HBM.
+turning them into log-prob, log-sum-exp and entropy. A tile is read right after it was written, from the L2 cache as far
+as it stayed there; memory holds the one buffer, whatever N and V.
 
 Deterministic: tiles come in the vocabulary's order and no program shares a number with another. Tiles depend on V only,
 but the product of the last chunk has as many rows as are left, and the library may round it differently than a full
@@ -80,8 +80,9 @@ def _fold(
 def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """[3, N] log-prob, log-sum-exp and entropy of the rows hidden [N, H] weight [V, H]^T / temperature, in nats.
 
-    targets [N] int64 in [0, V), contiguous. Any strides and floating types; fp32 (fp64 for fp64 inputs, at twice the
-    memory). No gradient. Operands of two types are brought to one a tile at a time.
+    targets [N] int64 in [0, V), contiguous. Any floating types; fp32 (fp64 for fp64 inputs, at twice the memory). No
+    gradient. Operands of two types, and strides that the library takes in neither order, cost copies of a tile's
+    operands besides the buffer.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     operand, device = operand_dtype(hidden, weight), hidden.device

@@ -346,6 +346,7 @@ def test_sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab", [128_256, 128_256 - 3])
 def test_gpu_both_forms_agree_with_the_default_in_less_than_64_mb(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """The bound lies far below what bf16 logits would give (2e-2) and above two orders of summing 2048 products."""
     monkeypatch.undo()
     rows, width = 4096 + 129, 2048
     g = torch.Generator("cuda").manual_seed(0)
@@ -359,9 +360,9 @@ def test_gpu_both_forms_agree_with_the_default_in_less_than_64_mb(monkeypatch: p
         before = torch.cuda.memory_allocated()
         ours = module.statistics(hidden, weight, targets, 0.7)
         assert torch.cuda.max_memory_allocated() - before < 64e6
-        torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-6)
+        torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-6)
         assert torch.equal(ours, module.statistics(hidden, weight, targets, 0.7)) and (ours[0] <= 0).all()
     alone = fused_logprob.statistics(hidden[1234:1235], weight, targets[1234:1235], 0.7)
     assert torch.equal(alone[:, 0], ours[:, 1234])
     public = linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, tiled=True, backend="triton")
-    torch.testing.assert_close(torch.stack(public), expected, atol=5e-5, rtol=1e-6)
+    torch.testing.assert_close(torch.stack(public), expected, atol=2e-4, rtol=1e-6)
