@@ -42,8 +42,12 @@ def _cast(self: InterpreterBuilder, source: TensorHandle, target: Any, *_: Any) 
 
 
 def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
-    product = np.matmul(_widened(a), _widened(b), dtype=d.data.dtype)
-    return TensorHandle(product + d.data, d.dtype.scalar)
+    left, right = (_widened(x).astype(np.float64) for x in (a, b))
+    # One column of the sum after the other: numpy's matmul rounds an element by where in the matrix it stands.
+    product = np.zeros(d.data.shape)
+    for k in range(left.shape[1]):
+        product += left[:, k, None] * right[k]
+    return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
 
 def _refusing(name: str) -> Any:
@@ -82,6 +86,8 @@ def repair() -> None:
         return
     InterpreterBuilder.repaired = True
     for name in ("fadd", "fsub", "fmul", "fdiv", "fneg"):
+        if not hasattr(InterpreterBuilder, f"create_{name}"):
+            continue  # 3.6 has no fneg: it subtracts
         setattr(InterpreterBuilder, f"create_{name}", _refusing(f"create_{name}"))
     InterpreterBuilder.cast_impl = _cast
     float8 = InterpreterBuilder.create_fp_to_fp
