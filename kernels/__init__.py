@@ -5,6 +5,7 @@ memory), `triton` (own GPU kernels, in kernels/triton/, imported at the first us
 there is one and chunked elsewhere, and the environment variable CAI_FAST_KERNELS overrides `auto`.
 """
 
+from .adamw import adamw_step, gradient_norm, join_master, split_master
 from .attention import merge_attention, paged_attention
 from .block import rms_norm, rope, swiglu
 from .gae import gae
@@ -27,7 +28,10 @@ __all__ = [
     "PolicyLoss",
     "PreferenceLabels",
     "PreferenceLoss",
+    "adamw_step",
     "gae",
+    "gradient_norm",
+    "join_master",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprob",
@@ -41,5 +45,6 @@ __all__ = [
     "rope",
     "sample_tokens",
     "score_options",
+    "split_master",
     "swiglu",
 ]
