@@ -7,7 +7,7 @@ The only reader of torchrun's environment. With one process there is no process 
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -107,29 +107,30 @@ class Distributed:
         self.counters[name] = self.counters.get(name, -1) + 1
         return self.counters[name]
 
-    def all_reduce_grads(self, params: Iterable[Tensor]) -> None:
-        """Collective: sum of .grad over ranks (loss scales are global, so the sum is the gradient).
+    def all_reduce_grads(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Collective: sums of the params' gradients over ranks (loss scales are global, so the sum is the gradient).
 
-        A rank without a gradient counts as zero; a parameter that no rank has used keeps `grad = None`, because an
-        optimizer treats None and zero differently (weight decay).
+        Summed in fp32 whatever their types; fp32 ones are overwritten. A rank without a gradient counts as zero; one
+        that no rank has stays None, because an optimizer treats None and zero differently (weight decay). In a world
+        of one the gradients come back as they are.
         """
         if self.world == 1:
-            return
-        params = list(params)
-        used = self.all_reduce(torch.tensor([p.grad is not None for p in params], dtype=torch.uint8), "max")
-        params = [p for p, flag in zip(params, used.tolist(), strict=True) if flag]
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        while params:
-            bucket, elements = [params.pop(0)], 0
-            elements = bucket[0].numel()
-            while params and params[0].grad.dtype == bucket[0].grad.dtype and elements < GRAD_BUCKET:
-                elements += params[0].numel()
-                bucket.append(params.pop(0))
-            flat = self.all_reduce(torch.cat([p.grad.reshape(-1) for p in bucket]))
-            for p, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad.copy_(summed.view_as(p.grad))
+            return list(grads)
+        used = self.all_reduce(torch.tensor([g is not None for g in grads], dtype=torch.uint8), "max").tolist()
+        result: list[Tensor | None] = [None] * len(used)
+        pending = [i for i, flag in enumerate(used) if flag]
+        while pending:
+            bucket, elements = [], 0
+            while pending and elements < GRAD_BUCKET:
+                elements += params[pending[0]].numel()
+                bucket.append(pending.pop(0))
+            for i in bucket:
+                given = grads[i]
+                result[i] = torch.zeros_like(params[i], dtype=torch.float32) if given is None else given.float()
+            flat = self.all_reduce(torch.cat([result[i].reshape(-1) for i in bucket]))
+            for i, summed in zip(bucket, flat.split([params[i].numel() for i in bucket]), strict=True):
+                result[i].copy_(summed.view_as(result[i]))
+        return result
 
     def stop_agreed(self) -> bool:
         """Collective: has any rank been asked to stop? With one process this reads a flag."""

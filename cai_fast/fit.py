@@ -17,7 +17,7 @@ from cai_fast.checkpoint import TrainState
 from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
-from cai_fast.optim import Optimizer, clip_grad_norm, schedule
+from cai_fast.optim import Optimizer, schedule
 from cai_fast.runlog import Mean, RunLog
 
 Loss = Callable[[list[int], float], tuple[Tensor, Stats]]
@@ -50,6 +50,7 @@ class FitSettings:
     weight_decay: float
     max_grad_norm: float
     save_every: int
+    moments: str = "float32"  # of weights that are bf16
 
 
 def batches(task: Task, settings: FitSettings) -> list[tuple[int, list[int]]]:
@@ -70,11 +71,13 @@ def fit(
     Collective. Metric lines carry `stage` and step `first_step` + s. SIGTERM saves the state and raises Stopped.
     """
     plan = batches(task, settings)
-    optimizer = Optimizer.adamw(model.named_parameters(), settings.lr, weight_decay=settings.weight_decay)
+    optimizer = Optimizer.adamw(
+        model.named_parameters(), settings.lr, weight_decay=settings.weight_decay, moments=settings.moments
+    )
     start = _restore(model, optimizer, state_dir)
     if start < len(plan):  # else later fits of this stage may have logged already
         log.truncate(stage, first_step + start)
-    means, parameters = Mean(), sum(p.numel() for p in optimizer.params)
+    means, parameters = Mean(), sum(p.numel() for p in model.parameters())
     with log.progress(len(plan), task.name, "step", initial=start) as bar:
         for step in range(start, len(plan)):
             epoch, batch = plan[step]
@@ -112,8 +115,8 @@ def accumulate(
         loss.backward()
         for name, (total, count) in stats.items():
             means.add(name, total, count)
-    dist.all_reduce_grads(optimizer.params)
-    return float(clip_grad_norm(optimizer.params, settings.max_grad_norm))
+    optimizer.reduce(dist)
+    return float(optimizer.clip(settings.max_grad_norm))
 
 
 def _restore(model: Model, optimizer: Optimizer, state_dir: Path) -> int:

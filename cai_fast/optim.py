@@ -1,16 +1,20 @@
-"""Optimizers with fp32 state whatever the model's dtype, learning-rate schedules, and gradient clipping.
+"""Optimizers of fp32 and of bf16 weights, the gradients they step on, and learning-rate schedules.
 
 The state is a flat dict of tensors keyed by parameter name, so it does not depend on the order of parameters.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-BETAS = (0.9, 0.999)
+from cai_fast import kernels, rng
+from cai_fast.distributed import Distributed
+
+BETAS, EPS = (0.9, 0.999), 1e-8
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -60,65 +64,145 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
-class Optimizer:
-    """Some torch optimizers over named parameters, stepped together.
+def _collect(gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+    """A hook that moves a bf16 parameter's gradient into `gradients`. It outlives the optimizer, so that it must not
+    hold the moments."""
 
-    A parameter that is not fp32 gets an fp32 master copy: gradients of micro-batches are summed on the master, the
-    update happens there, and the rounded result is copied back; otherwise small updates would be lost in rounding.
+    def take(parameter: Tensor) -> None:
+        grad, held = parameter.grad, gradients.get(name)
+        gradients[name] = grad if held is None else held.float().add_(grad)
+        parameter.grad = None
+
+    return take
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW of bf16 parameters: kernels.adamw_step on (parameter, 16-bit remainder), which are the fp32 weights.
+
+    It holds the gradients too, since `.grad` would have to be bf16: the first since the last step as autograd gives
+    it, and the fp32 sum from the second on. So a step of one micro-batch never has an fp32 gradient.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], groups: list[dict[str, Any]], moments: torch.dtype) -> None:
+        """groups: as torch.optim.AdamW's with lr, betas, weight_decay and eps; moments: dtype of their state."""
+        super().__init__(groups, {})
+        self.gradients: dict[str, Tensor] = {}
+        self.clip: Tensor | None = None
+        """A number on the device that the next step's gradients are multiplied by."""
+        self.names = {parameter: name for name, parameter in named.items()}
+        self._moments = moments
+        for name, parameter in named.items():
+            parameter.register_post_accumulate_grad_hook(_collect(self.gradients, name))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update; parameters without a gradient stay."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                name = self.names[p]
+                if name not in self.gradients:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.int64)  # on the CPU: read there, at every step
+                    state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
+                    state |= {key: torch.zeros_like(p, dtype=self._moments) for key in ("exp_avg", "exp_avg_sq")}
+                state["step"] += 1
+                step = int(state["step"])
+                kernels.adamw_step(
+                    p, state["remainder"], self.gradients.pop(name), state["exp_avg"], state["exp_avg_sq"],
+                    lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                    step=step, clip=self.clip, key=rng.key(0, "adamw", name, step),
+                )  # fmt: skip
+
+
+class Optimizer:
+    """Some torch optimizers over named fp32 or bf16 parameters, stepped together.
+
+    After the backward passes of a step: `reduce` over ranks, `clip`, `step`.
     """
 
     def __init__(self, named: Named) -> None:
-        self._models = dict(named)
-        self._masters: dict[str, Tensor] = {}
-        for name, parameter in self._models.items():
-            self._masters[name] = parameter if parameter.dtype == torch.float32 else self._master(parameter)
+        self._params = dict(named)
         self._parts: list[tuple[torch.optim.Optimizer, float]] = []
 
-    @staticmethod
-    def _master(parameter: nn.Parameter) -> Tensor:
-        master = parameter.detach().float().requires_grad_()
-
-        def move(p: Tensor) -> None:
-            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-            p.grad = None
-
-        parameter.register_post_accumulate_grad_hook(move)
-        return master
-
     @classmethod
-    def adamw(cls, named: Named, lr: float, *, weight_decay: float = 0.0, betas: tuple[float, float] = BETAS
-              ) -> "Optimizer":  # fmt: skip
-        """AdamW; weight decay applies to matrices only."""
+    def adamw(cls, named: Named, lr: float, *, weight_decay: float = 0.0, betas: tuple[float, float] = BETAS,
+              moments: str = "float32") -> "Optimizer":  # fmt: skip
+        """AdamW; weight decay applies to matrices only. `moments`: dtype of the moments of bf16 parameters."""
         optimizer = cls(named)
-        optimizer._add_adamw(list(optimizer._masters), lr, weight_decay, betas)
+        optimizer._add_adamw(list(optimizer._params), lr, weight_decay, betas, moments)
         return optimizer
 
     @classmethod
     def muon(cls, named: Named, *, matrices: Sequence[str], muon_lr: float, lr: float,
              betas: tuple[float, float] = (0.9, 0.98), scales: Mapping[str, float] = MappingProxyType({})
              ) -> "Optimizer":  # fmt: skip
-        """Muon for the named hidden matrices, AdamW for everything else; `scales` multiply `lr` for some of that."""
+        """Muon for the named hidden matrices, which must be fp32, AdamW for everything else; `scales` multiply `lr` for
+        some of that."""
         optimizer = cls(named)
-        hidden = [optimizer._masters[name] for name in matrices]
+        hidden = [optimizer._params[name] for name in matrices]
+        if any(p.dtype != torch.float32 for p in hidden):
+            raise ValueError("muon: expected float32 matrices")
         optimizer._parts.append((Muon(hidden, lr=muon_lr), muon_lr))
-        rest = [n for n in optimizer._masters if n not in set(matrices)]
+        rest = [n for n in optimizer._params if n not in set(matrices)]
         for scale in sorted({scales.get(n, 1.0) for n in rest}):
             optimizer._add_adamw([n for n in rest if scales.get(n, 1.0) == scale], lr * scale, 0.0, betas)
         return optimizer
 
-    def _add_adamw(self, names: Sequence[str], lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
-        masters = [self._masters[name] for name in names]
-        groups = [
-            {"params": [p for p in masters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in masters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._parts.append((torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True), lr))
+    def _add_adamw(self, names: Sequence[str], lr: float, weight_decay: float, betas: tuple[float, float],
+                   moments: str = "float32") -> None:  # fmt: skip
+        half = {n: self._params[n] for n in names if self._params[n].dtype == torch.bfloat16}
+        full = {n: self._params[n] for n in names if n not in half}
+        if any(p.dtype != torch.float32 for p in full.values()):
+            raise ValueError("adamw: expected float32 or bfloat16 parameters")
+        options = {"lr": lr, "betas": betas, "eps": EPS}
+        if full:
+            groups = _groups(full.values(), weight_decay)
+            self._parts.append((torch.optim.AdamW(groups, **options, fused=True), lr))
+        if half:
+            groups = [group | options for group in _groups(half.values(), weight_decay)]
+            self._parts.append((SplitAdamW(half, groups, getattr(torch, moments)), lr))
 
     @property
-    def params(self) -> list[Tensor]:
-        """The fp32 tensors whose `.grad` a step uses: reduce and clip these."""
-        return list(self._masters.values())
+    def _split(self) -> list[SplitAdamW]:
+        return [part for part, _ in self._parts if isinstance(part, SplitAdamW)]
+
+    @property
+    def gradients(self) -> dict[str, Tensor | None]:
+        """What the next step will use, by parameter name; in fp32, but bf16 ones of a single micro-batch."""
+        held = {name: grad for part in self._split for name, grad in part.gradients.items()}
+        return {name: held.get(name, p.grad) for name, p in self._params.items()}
+
+    def reduce(self, dist: Distributed) -> None:
+        """Collective: sum the gradients over ranks."""
+        reduced = dist.all_reduce_grads(list(self.gradients.values()), list(self._params.values()))
+        sums = dict(zip(self._params, reduced, strict=True))
+        for part in self._split:
+            part.gradients.update({n: g for n in part.names.values() if (g := sums.pop(n)) is not None})
+        for name, grad in sums.items():
+            self._params[name].grad = grad
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Global L2 norm of the gradients, a scalar tensor; the step scales them down to `max_norm` if they are above.
+
+        0 only measures. Once a step, after `reduce`. bf16 parameters' gradients are scaled within the step's kernel.
+        """
+        params = [p for p in self._params.values() if p.grad is not None]
+        if not self._split:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            if max_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+            return norm
+        norm = kernels.gradient_norm(list(self.gradients.values()))
+        if max_norm > 0:
+            factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # torch's formula
+            for p in params:
+                p.grad.mul_(factor)
+            for part in self._split:
+                part.clip = factor
+        return norm
 
     def step(self, factor: float = 1.0) -> None:
         """One update at `factor` times the learning rates; clears the gradients."""
@@ -126,34 +210,44 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * factor
             part.step()
-        for name, master in self._masters.items():
-            if master is not self._models[name]:
-                self._models[name].detach().copy_(master)
-            master.grad = None
+        for part in self._split:
+            part.clip = None
+        for p in self._params.values():
+            p.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, step counts and master copies; the tensors are the live ones."""
+        """Moments, step counts and remainders of bf16 parameters; the tensors are the live ones."""
         state: dict[str, Tensor] = {}
-        for name, master in self._masters.items():
-            if master is not self._models[name]:
-                state[f"{name}/master"] = master.detach()
+        for name, p in self._params.items():
             for part, _ in self._parts:
-                state |= {f"{name}/{key}": value for key, value in part.state.get(master, {}).items()}
+                state |= {f"{name}/{key}": value for key, value in part.state.get(p, {}).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, bit for bit; the model's parameters themselves are restored by the caller."""
-        unknown = {key.rsplit("/", 1)[0] for key in state} - set(self._masters)
+        """Restore what `state_dict` gave, bit for bit; the model's parameters are restored by the caller.
+
+        A remainder is only right for the bf16 parameter it was saved with: the two are one fp32 weight.
+        """
+        unknown = {key.rsplit("/", 1)[0] for key in state} - set(self._params)
         if unknown:
             raise ValueError(f"optimizer state of unknown parameters: {sorted(unknown)[:3]}")
         owner = {id(p): part for part, _ in self._parts for group in part.param_groups for p in group["params"]}
         for key, value in state.items():
             name, field = key.rsplit("/", 1)
-            master = self._masters[name]
-            if field == "master":
-                master.data.copy_(value)
-            else:  # torch keeps `step` on the CPU except for fused CUDA steps; the device of the parameter suits both
-                owner[id(master)].state[master][field] = value.to(master.device, copy=True)
+            p = self._params[name]
+            part = owner[id(p)]
+            # A fused CUDA step wants `step` beside the parameter, which suits the CPU as well; ours reads it there.
+            device = "cpu" if field == "step" and isinstance(part, SplitAdamW) else p.device
+            part.state[p][field] = value.to(device, copy=True)
+
+
+def _groups(params: Collection[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors without."""
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def schedule(name: str, step: int, total: int, warmup: int, floor: float = 0.1) -> float:
@@ -168,12 +262,3 @@ def schedule(name: str, step: int, total: int, warmup: int, floor: float = 0.1) 
     if name == "cosine":
         return floor + (1.0 - floor) * (1.0 + math.cos(math.pi * done)) / 2
     raise ValueError(f"schedule: expected constant, linear or cosine, got {name!r}")
-
-
-def clip_grad_norm(params: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Global L2 norm of the gradients (a scalar tensor), scaled down to `max_norm` if above it; 0 only measures."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_([p for p in params if p.grad is not None], max_norm, norm)
-    return norm

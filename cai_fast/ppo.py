@@ -22,7 +22,7 @@ from cai_fast.distributed import Distributed, global_moments
 from cai_fast.losses import PolicyTerms
 from cai_fast.model import Model, ScalarHead
 from cai_fast.model.heads import scalar_rows
-from cai_fast.optim import Optimizer, clip_grad_norm
+from cai_fast.optim import Optimizer
 from cai_fast.runlog import Mean
 
 STATS = ("policy_loss", "clipfrac", "entropy", "approx_kl", "ratio_gap", "value_loss")
@@ -82,15 +82,16 @@ class Critic:
 
 
 class Ppo:
-    """Policy, reference and critic with their optimizers; `settings` is the configuration's rl section."""
+    """Policy, reference and critic with their optimizers; `settings` is the configuration's rl section, `moments` the
+    type of the optimizers' moments of bf16 weights."""
 
     def __init__(self, policy: Model, reference: Model, critic: Critic, settings: RlConfig, *, seed: int,
-                 dist: Distributed) -> None:  # fmt: skip
+                 dist: Distributed, moments: str = "float32") -> None:  # fmt: skip
         self.policy, self.reference, self.critic = policy, reference, critic
         self.settings, self.seed, self.dist = settings, seed, dist
         self.kl_coef = settings.kl_coef
-        self.optimizer = Optimizer.adamw(policy.named_parameters(), settings.lr)
-        self.critic_optimizer = Optimizer.adamw(critic.module.named_parameters(), settings.critic_lr)
+        self.optimizer = Optimizer.adamw(policy.named_parameters(), settings.lr, moments=moments)
+        self.critic_optimizer = Optimizer.adamw(critic.module.named_parameters(), settings.critic_lr, moments=moments)
 
     def measure(self, examples: Sequence[Example], step: int, offset: int = 0, total: int | None = None) -> Rollouts:
         """Collective: pack this rank's examples (numbers `offset`... of `total` in all) and measure every token."""
@@ -160,8 +161,8 @@ class Ppo:
             for minibatch, tokens in zip(rollouts.minibatches, rollouts.tokens, strict=True):
                 stats = self._accumulate(minibatch, 1.0 / tokens)
                 first_gap = stats["ratio_gap"] if math.isnan(first_gap) else first_gap
-                norm = float(clip_grad_norm(self.optimizer.params, self.settings.max_grad_norm))
-                critic_norm = float(clip_grad_norm(self.critic_optimizer.params, self.settings.max_grad_norm))
+                norm = float(self.optimizer.clip(self.settings.max_grad_norm))
+                critic_norm = float(self.critic_optimizer.clip(self.settings.max_grad_norm))
                 if not math.isfinite(norm + critic_norm):
                     return {"grad_norm": math.nan}
                 self.optimizer.step(factor)
@@ -181,8 +182,8 @@ class Ppo:
             loss.backward()
             for name, (total, count) in stats.items():
                 means.add(name, total, count)
-        self.dist.all_reduce_grads(self.optimizer.params)
-        self.dist.all_reduce_grads(self.critic_optimizer.params)
+        self.optimizer.reduce(self.dist)
+        self.critic_optimizer.reduce(self.dist)
         return means.reduce(self.dist)
 
     def _loss(self, b: Bin, scale: float) -> tuple[Tensor, losses.Stats]:

@@ -128,9 +128,7 @@ def _chunked(
 ) -> None:  # fmt: skip
     f, grad = factors(s), grad.reshape(-1)
     for start in range(0, grad.numel(), _PIECE):
-        p, low, m_out, v_out = (
-            t.view(-1)[start : start + _PIECE] for t in (param, remainder, exp_avg, exp_avg_sq)
-        )
+        p, low, m_out, v_out = (t.view(-1)[start : start + _PIECE] for t in (param, remainder, exp_avg, exp_avg_sq))
         g = grad[start : start + _PIECE].float()
         g = g if clip is None else g * clip
         m, v = m_out.float().lerp_(g, f.mean_weight), v_out.float().mul_(f.square_decay)  # fp32 moments: in place

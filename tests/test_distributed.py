@@ -49,8 +49,11 @@ p = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
 (p[0].sum() * (d.rank + 1) + (p[1] * p[1]).sum() * d.rank).backward()  # p[2], p[3]: unused everywhere
 if d.rank == 0:
     p[1].grad = None
-d.all_reduce_grads(p)
-out["grads"] = [None if q.grad is None else q.grad.tolist() for q in p]
+q = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+grads = [*(r.grad for r in p), torch.full((2,), 2.0**-9 if d.rank else 1.0, dtype=torch.bfloat16)]
+sums = d.all_reduce_grads(grads, [*p, q])
+out["grads"] = [None if g is None else g.tolist() for g in sums]
+out["types"] = [None if g is None else str(g.dtype) for g in sums]
 out["object"] = d.broadcast_object({"from": d.rank, "t": (1, "x")})
 def fail():
     raise InputError("broken on rank %d" % d.rank)
@@ -122,7 +125,9 @@ def test_sums_means_and_gradients(two_ranks):
         assert out["sum"] == {"a": 3.5, "b": 1.0}
         assert out["mean"]["loss"] == 4.0  # (6 + 6) / (1 + 2)
         assert out["mean"]["unused"] != out["mean"]["unused"]
-        assert out["grads"] == [[3.0] * 3, [2.0] * 3, None, None]
+        # One rank has no gradient of the second; the sum of the last is no number of bf16.
+        assert out["grads"] == [[3.0] * 3, [2.0] * 3, None, None, [1 + 2.0**-9] * 2]
+        assert out["types"] == ["torch.float32"] * 2 + [None] * 2 + ["torch.float32"]
 
 
 def test_rank_0_speaks_for_all(two_ranks):

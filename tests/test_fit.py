@@ -101,8 +101,8 @@ def test_kill_without_warning_resumes_from_the_last_state(tmp_path: Path, monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    real = fit.clip_grad_norm
-    monkeypatch.setattr(fit, "clip_grad_norm", crash)
+    real = Optimizer.clip
+    monkeypatch.setattr(Optimizer, "clip", crash)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts")
     monkeypatch.undo()

@@ -24,7 +24,7 @@ from cai_fast.checkpoint import TrainState
 from cai_fast.distributed import Stopped, stop_requested
 from cai_fast.model import Model, ModelConfig
 from cai_fast.model.config import Rope
-from cai_fast.optim import Optimizer, clip_grad_norm, schedule
+from cai_fast.optim import Optimizer, schedule
 from cai_fast.records import content_id
 from cai_fast.runlog import RunLog
 from cai_fast.toy import corpus
@@ -143,7 +143,7 @@ def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
         for step, batch in enumerate(stream, state.step):
             value = loss(model, batch)
             value.backward()
-            clip_grad_norm(optimizer.params, 1.0)
+            optimizer.clip(1.0)
             optimizer.step(schedule("cosine", step, recipe.steps, recipe.warmup_steps, floor=0.05))
             now = float(value.detach())
             if not math.isfinite(now):

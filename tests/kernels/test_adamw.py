@@ -123,12 +123,12 @@ def test_bf16_moments_are_unbiased_and_keyed(backend: str) -> None:
     count, keys = 500, 400
     grad, exact = normal(count), Weights(torch.zeros(count))
     exact.step(grad, backend)
-    total = torch.zeros(2, count, dtype=torch.float64)
+    total, before = torch.zeros(2, count, dtype=torch.float64), None
     for key in range(keys):
         ours = Weights(torch.zeros(count), torch.bfloat16).step(grad, backend, key=key << 40 | 5)
         for row, moment in zip(total, (ours.exp_avg, ours.exp_avg_sq), strict=True):
             row += moment.double()
-        if key:
+        if before is not None:
             assert not torch.equal(ours.exp_avg, before), "another key, other bits"
         before = ours.exp_avg
         again = Weights(torch.zeros(count), torch.bfloat16).step(grad, backend, key=key << 40 | 5)
