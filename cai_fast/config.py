@@ -44,14 +44,15 @@ _PROMPTS = (
 )  # fmt: skip
 _TEXT = ("data.constitution", "data.few_shot_pool")
 _MODEL = ("model.base", "model.dtype", "model.max_len")
+_TRAINED = (*_MODEL, "model.moments")
 _USES: dict[str, tuple[str, ...]] = {
     "base": ("data.constitution", "data.preferences"),
     "revise": (*_MODEL, "model.assistant", *_TEXT, *_PROMPTS),
-    "sft": (*_MODEL,),
+    "sft": _TRAINED,
     "compare": (*_MODEL, *_TEXT, *_PROMPTS, "data.preferences"),
     "label": (*_MODEL, "model.judge", *_TEXT),
-    "pm": (*_MODEL, "data.max_bad_fraction", "data.max_prompt_tokens", "data.drop_oldest_turns"),
-    "rl": (*_MODEL, *_TEXT, *_PROMPTS),
+    "pm": (*_TRAINED, "data.max_bad_fraction", "data.max_prompt_tokens", "data.drop_oldest_turns"),
+    "rl": (*_TRAINED, *_TEXT, *_PROMPTS),
     "evaluate": (*_MODEL, "model.judge", *_TEXT, *_PROMPTS),
     "report": (),
 }

@@ -148,6 +148,13 @@ class ModelConfig(Section):
     assistant: str = opt("", "helpful-only model that answers, critiques, revises; empty: model.base", source="P 3.2")
     judge: str = opt("", "feedback model that compares two answers; empty: model.base", source="P 4.1")
     dtype: str = opt("auto", "auto: float32 on CPU, bfloat16 on GPU", choices=("auto", "float32", "bfloat16"))
+    moments: str = opt(
+        "float32",
+        "type of AdamW's moments in sft, pm and rl; bfloat16: stochastically rounded, half the memory, for bfloat16 "
+        "weights only",
+        choices=("float32", "bfloat16"),
+        source="arXiv 2010.06192",
+    )
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     max_len: int = opt(0, "longest sequence in tokens; 0: what the checkpoint allows", lo=0)
 

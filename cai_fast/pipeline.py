@@ -32,6 +32,14 @@ KeyParts = list[int | str]  # what an RNG key is made of: seed, stage, sample id
 TABLE = ("harm", "helpful", "evasive", "objection", "malformed", "refusal_rate", "pm_score", "kl", "length")
 
 
+def weight_type(config: Config, device_type: str) -> torch.dtype:
+    """dtype of the models' weights on "cpu" or "cuda"."""
+    name = config.model.dtype
+    if name == "auto":
+        name = "float32" if device_type == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
 @dataclass
 class Context:
     """Everything a stage works with."""
@@ -52,10 +60,7 @@ class Context:
     @property
     def dtype(self) -> torch.dtype:
         """Compute type of models: float32 on CPU, bfloat16 on CUDA unless `model.dtype` says otherwise."""
-        name = self.config.model.dtype
-        if name == "auto":
-            name = "float32" if self.device.type == "cpu" else "bfloat16"
-        return getattr(torch, name)
+        return weight_type(self.config, self.device.type)
 
     def checkpoint(self, name: str) -> Path:
         """Folder of a checkpoint this run makes."""

@@ -1,6 +1,6 @@
 """`--plan`: what each stage will hold in memory, write to disk, and compute, before anything is allocated.
 
-Estimates from shapes alone: weights, gradients, AdamW moments, KV cache and head buffers are exact products;
+Estimates from shapes alone: weights, gradients, AdamW's state, KV cache and head buffers are exact products;
 activations are 34 bytes per token, layer and hidden unit at fp32 (Korthikanti et al. 2022, arXiv 2205.05198, without
 the attention matrix), and time is 2 floating-point operations per parameter and token (6 in training) at a stated
 fraction of the device's peak. Prompt counts are read from the sources.
@@ -58,7 +58,7 @@ def plan_lines(config: Config) -> list[str]:
     shape = _shape(config)
     gpu = _uses_gpu(config)
     rate = GPU_RATE if gpu else CPU_RATE
-    plans = _plans(config, shape, 2 if gpu else 4)
+    plans = _plans(config, shape, weight_width(config))
     lines = [
         f"model.base: {shape.params:,} parameters, {shape.config.num_layers} layers, hidden {shape.config.hidden_size}",
         f"{'stage':10} {'weights':>9} {'training':>9} {'KV':>9} {'activ.':>9} {'peak':>9}  "
@@ -80,10 +80,10 @@ def check_memory(config: Config) -> str:
     import torch
 
     if _uses_gpu(config):
-        width, memory, where = 2, torch.cuda.mem_get_info()[1], "GPU"
+        memory, where = torch.cuda.mem_get_info()[1], "GPU"
     else:
-        width, memory, where = 4, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
-    worst = max(_plans(config, _shape(config), width), key=lambda plan: plan.weights + plan.training)
+        memory, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+    worst = max(_plans(config, _shape(config), weight_width(config)), key=lambda plan: plan.weights + plan.training)
     floor = worst.weights + worst.training
     if floor > memory:
         raise InputError(
@@ -105,6 +105,23 @@ def _uses_gpu(config: Config) -> bool:
     import torch
 
     return config.model.device != "cpu" and torch.cuda.is_available()
+
+
+def weight_width(config: Config) -> int:
+    """Bytes per weight of the models on the device that this configuration runs on: 2 or 4."""
+    return pipeline.weight_type(config, "cuda" if _uses_gpu(config) else "cpu").itemsize
+
+
+def _trained_bytes(config: Config, width: int, step_tokens: float, micro_tokens: int) -> tuple[int, int]:
+    """Bytes per trained weight: (gradient and AdamW's state, the state alone).
+
+    fp32 weights: fp32 gradient, two fp32 moments. bf16 weights: the 16-bit remainder of the exact fp32 weight, moments
+    as `model.moments` says, and a gradient that is bf16 unless several micro-batches are summed, in fp32.
+    """
+    if width == 4:
+        return 4 + 8, 8
+    state = 2 + (8 if config.model.moments == "float32" else 4)
+    return (2 if step_tokens <= micro_tokens else 4) + state, state
 
 
 def _shape(config: Config) -> Shape:
@@ -170,22 +187,26 @@ def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
     }
     micro = {"base": config.base.tokens_per_step, "sft": config.sft.micro_tokens, "pm": config.pm.micro_tokens,
              "rl": rl.micro_tokens}  # fmt: skip
+    step = {"base": micro["base"], "sft": config.sft.batch_tokens, "rl": rollouts * answer / rl.steps / rl.minibatches,
+            "pm": 2 * config.pm.batch_pairs * (prompt + compare.max_new_tokens)}  # fmt: skip
     models = {"rl": 4, "compare": 2 if compare.base_fraction else 1, "report": 0}
     trained = {"base": 1, "sft": 1, "pm": 1, "rl": 1 if rl.critic == "detached" else 2}
     passes = {"rl": 2 + 2 + 6 * rl.epochs + 2, "base": 6, "sft": 6, "pm": 6}
     plans = []
     for stage in config.stages:
         copies = trained.get(stage, 0)
+        held, kept = _trained_bytes(config, width, step.get(stage, 0), micro.get(stage, 0))
         slots = 0 if stage in ("base", "sft", "pm", "report") else config.engine.max_batch
         head = min(HEAD_ROWS, micro.get(stage, HEAD_ROWS)) * shape.config.vocab_size * 4 if stage != "report" else 0
         active = 34 / 2 * width * micro.get(stage, 0) * shape.config.num_layers * shape.config.hidden_size
         plans.append(StagePlan(
             name=stage,
             weights=models.get(stage, 1) * weights,
-            training=copies * shape.params * (4 + 8 + (4 if width == 2 else 0)),  # gradients, moments, fp32 master
+            training=copies * shape.params * held,
             cache=slots * max(question, answer, chain // max(1, revise.rounds)) * shape.cache_per_token * width,
             activations=active + head,
-            disk=tokens[stage] * text / 2 * (stage not in ("base", "sft", "pm")) + copies * shape.params * 16,
+            disk=tokens[stage] * text / 2 * (stage not in ("base", "sft", "pm"))
+            + copies * shape.params * (2 * width + kept),  # the exported model, and the state with its weights
             tokens=tokens[stage],
             flops=passes.get(stage, 2) * shape.params * tokens[stage],
         ))  # fmt: skip

@@ -18,6 +18,7 @@ def check(config: Config) -> list[str]:
     Returns lines to print; raises InputError on the first thing that cannot be used.
     """
     lines = [_check_constitution(config)]
+    _check_moments(config)
     if {"revise", "rl"} & set(config.stages):
         lines += [_check_prompts(config, kind) for kind in ("red_team", "helpful")]
     if "compare" in config.stages and config.data.preferences not in ("", TOY):
@@ -35,6 +36,18 @@ def check(config: Config) -> list[str]:
     if set(config.stages) - {"report"}:
         lines.append(plan.check_memory(config))
     return lines
+
+
+def _check_moments(config: Config) -> None:
+    if (
+        config.model.moments != "float32"
+        and plan.weight_width(config) == 4
+        and {"sft", "pm", "rl"} & set(config.stages)
+    ):
+        raise InputError(
+            f"model.moments = {config.model.moments} is for bfloat16 weights, but they are float32 here (model.dtype = "
+            f"{config.model.dtype}; auto is float32 on a CPU). Leave model.moments out, or set model.dtype = bfloat16."
+        )
 
 
 def _check_constitution(config: Config) -> str:

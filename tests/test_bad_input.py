@@ -191,6 +191,10 @@ CASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "missing file of the paper's": (incomplete_paper_folder, ("RLMadisonInstructions.json: no such file",)),
     "no principle for a stage": (constitution(MINIMAL.replace('critique_request = "C?"\nrevision_request = "R!"',
                                                               'comparison = "Hm?"')), ("phase critique", "revise")),
+    "bf16 moments of fp32 weights": (
+        settings(model__moments="bfloat16"),
+        ("model.moments = bfloat16", "float32 here", "model.dtype = bfloat16"),
+    ),
     "missing checkpoint": (settings(model__base="no/model"), ("no/model: no such folder",)),
     "unsupported architecture": (other_architecture, ("gpt2", "llama", "qwen3")),
     "missing tensor": (weights(lambda t: t.pop("model.norm.weight")), ("missing tensors: model.norm.weight",)),
@@ -267,6 +271,32 @@ def test_a_second_process_on_the_same_run_folder(inputs: Path, tmp_path: Path, c
     refused(words, capfd, "another process", str(os.getpid()))
     first.close()
     assert textworld.contents(tmp_path / "run") == before
+
+
+def test_plan_counts_what_training_holds() -> None:
+    """Bytes per trained weight by hand: gradient, moments, and for bf16 weights the remainder."""
+    from cai_fast import config, plan
+
+    def training(*words: str) -> list[float]:
+        cfg = config.load(["--model.device", "cpu", "--stages", "sft,pm,rl", *words])
+        shape = plan._shape(cfg)
+        return [p.training / shape.params for p in plan._plans(cfg, shape, plan.weight_width(cfg))]
+
+    one = ["--sft.batch_tokens", "16384", "--sft.micro_tokens", "16384", "--rl.critic", "detached"]
+    one += ["--pm.batch_pairs", "1", "--rl.micro_tokens", "9999999"]
+    several = ["--rl.critic", "detached", "--sft.batch_tokens", "16385", "--sft.micro_tokens", "16384"]
+    several += ["--pm.micro_tokens", "16", "--rl.micro_tokens", "16"]
+    half = ["--model.dtype", "bfloat16"]
+    assert training(*one) == training(*several) == [4 + 8] * 3
+    assert training(*one, *half) == [2 + 8 + 2] * 3
+    assert training(*several, *half) == [4 + 8 + 2] * 3
+    assert training(*one, *half, "--model.moments", "bfloat16") == [2 + 4 + 2] * 3
+
+
+def test_bf16_moments_are_for_stages_that_train(inputs: Path, tmp_path: Path) -> None:
+    words = textworld.arguments(inputs, tmp_path / "run", model__moments="bfloat16")
+    assert textworld.main([*words, "--check", "--stages", "revise,compare"]) == 0
+    assert textworld.main([*words, "--check", "--model.dtype", "bfloat16"]) == 0
 
 
 def test_a_model_that_cannot_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,9 @@ def test_stage_settings_hold_what_matters_and_no_more() -> None:
     assert settings("sft", "--rl.lr", "1") == settings("sft")
     assert settings("sft", "--model.assistant", "x") == settings("sft")
     assert settings("revise", "--model.assistant", "x") != settings("revise")
+    for stage in config.STAGES:
+        trains = stage in ("sft", "pm", "rl")
+        assert (settings(stage, "--model.moments", "bfloat16") != settings(stage)) is trains
 
 
 def test_typed_keys_that_nothing_reads_are_found() -> None:

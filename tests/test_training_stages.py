@@ -17,7 +17,7 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import config, config_schema, distributed, losses, model, pipeline, readers, records
+from cai_fast import checkpoint, config, config_schema, distributed, losses, model, pipeline, readers, records
 from cai_fast.batching import pack
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -140,6 +140,11 @@ def rows_of(ctx: Context, stage: str) -> list[dict[str, Any]]:
 
 def weights(ctx: Context, name: str) -> dict[str, Tensor]:
     return model.load(ctx.checkpoint(name)).state_dict()
+
+
+def tensors_of(state: dict[str, Any]) -> list[Tensor]:
+    """Of one optimizer, or of several by name."""
+    return [t for v in state.values() for t in (v.values() if isinstance(v, dict) else [v])]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -306,6 +311,30 @@ def test_kill_and_resume_give_the_same_bits(
         for stage in ("sft", "pm", "rl") for c in (ctx, trained)
     ]  # fmt: skip
     assert timeless[0::2] == timeless[1::2]
+
+
+def test_bf16_weights_and_moments_resume_to_the_same_bits(tmp_path: Path, base: Path, monkeypatch: Any) -> None:
+    changes = {"model__dtype": "bfloat16", "model__moments": "bfloat16", "rl__steps": 2, "sft__save_every": 1}
+    whole = open_run(tmp_path / "whole" / "run", base, **changes)
+    do(whole, sft, pm, rl)
+    assert {"moments", "dtype"} <= vars(whole.config.model)["_reads"]
+    for finished, stage, name in (((), sft, "sft"), ((sft, pm), rl, "rl")):
+        ctx = open_run(tmp_path / "parts" / "run", base, **changes)
+        do(ctx, *finished)
+        calls = iter(range(10**6))
+        monkeypatch.setattr(distributed, "stop_requested", lambda calls=calls: next(calls) == 1)
+        with pytest.raises(Stopped):
+            do(ctx, stage)
+        state = checkpoint.latest(ctx.run.state_dir(name))
+        assert state is not None and torch.int16 in {t.dtype for t in tensors_of(state.optimizer)}
+        ctx.run.close()
+        monkeypatch.undo()
+    ctx = open_run(tmp_path / "parts" / "run", base, **changes)
+    do(ctx, sft, pm, rl)
+    for name in ("sl_cai", "pm", "pm_eval", "rl_cai"):
+        assert same(weights(ctx, name), weights(whole, name)), name
+    whole.run.close()
+    ctx.run.close()
 
 
 @pytest.mark.parametrize(("setting", "value", "message"), [

@@ -175,7 +175,10 @@ class Loop:
             self.extra = dict(state.extra)
         self.start = state.step if state else 0
         self.exported_step = 0
-        self.ppo = Ppo(self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist)
+        self.ppo = Ppo(
+            self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist,
+            moments=ctx.config.model.moments,
+        )  # fmt: skip
         if state is not None:
             self.extra = self.ppo.restore(state)
         ctx.log.truncate("rl", self.start)

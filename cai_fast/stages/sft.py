@@ -43,7 +43,7 @@ def run(ctx: Context) -> None:
     task = Task("sft", lengths, [e.weight * len(e.target_ids) for e in fitting], loss, lengths)
     settings = FitSettings(
         ctx.config.seed, cfg.epochs, cfg.batch_tokens, cfg.micro_tokens, cfg.lr, cfg.schedule, cfg.warmup_steps,
-        cfg.weight_decay, cfg.max_grad_norm, cfg.save_every,
+        cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
     )  # fmt: skip
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
     ctx.dist.on_main(lambda: model.save(ctx.checkpoint("sl_cai"), tokenizer=renderer.tokenizer))
