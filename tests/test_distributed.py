@@ -25,6 +25,7 @@ import torch
 from cai_fast import config, distributed
 from cai_fast.distributed import global_moments
 from cai_fast.errors import InputError
+from cai_fast.optim import Optimizer
 from cai_fast.rundir import RunDir
 from cai_fast.runlog import Mean
 
@@ -54,6 +55,16 @@ grads = [*(r.grad for r in p), torch.full((2,), 2.0**-9 if d.rank else 1.0, dtyp
 sums = d.all_reduce_grads(grads, [*p, q])
 out["grads"] = [None if g is None else g.tolist() for g in sums]
 out["types"] = [None if g is None else str(g.dtype) for g in sums]
+named = {"full": torch.nn.Parameter(torch.ones(2, 2)), "half": torch.nn.Parameter(torch.ones(2, 2).bfloat16()),
+         "rare": torch.nn.Parameter(torch.ones(2).bfloat16()), "unused": torch.nn.Parameter(torch.ones(2).bfloat16())}
+optimizer = Optimizer.adamw(named.items(), 0.1, weight_decay=0.5, moments="bfloat16")
+total = named["full"].sum() * (d.rank + 1) + named["half"].sum() * (2.0**-9 if d.rank else 1.0)
+(total + (named["rare"].sum() if d.rank else 0.0)).backward()
+optimizer.reduce(d)
+out["reduced"] = {n: None if g is None else g.flatten()[0].item() for n, g in optimizer.gradients.items()}
+out["norm"] = float(optimizer.clip(1.0))
+optimizer.step()
+out["state"] = {n: t.tolist() for n, t in (optimizer.state_dict() | named).items()}
 out["object"] = d.broadcast_object({"from": d.rank, "t": (1, "x")})
 def fail():
     raise InputError("broken on rank %d" % d.rank)
@@ -128,6 +139,15 @@ def test_sums_means_and_gradients(two_ranks):
         # One rank has no gradient of the second; the sum of the last is no number of bf16.
         assert out["grads"] == [[3.0] * 3, [2.0] * 3, None, None, [1 + 2.0**-9] * 2]
         assert out["types"] == ["torch.float32"] * 2 + [None] * 2 + ["torch.float32"]
+
+
+def test_an_optimizer_of_both_types_steps_alike_on_all_ranks(two_ranks):
+    for out in two_ranks:
+        assert out["reduced"] == {"full": 3.0, "half": 1 + 2.0**-9, "rare": 1.0, "unused": None}
+        assert out["norm"] == pytest.approx((4 * 9 + 4 * (1 + 2.0**-9) ** 2 + 2) ** 0.5, rel=1e-6)
+        assert out["state"]["unused"] == [1.0, 1.0] and "unused/step" not in out["state"]
+        assert out["state"]["half"] != [[1.0] * 2] * 2
+    assert two_ranks[0]["state"] == two_ranks[1]["state"]
 
 
 def test_rank_0_speaks_for_all(two_ranks):

@@ -144,16 +144,17 @@ def test_bf16_moments_are_unbiased_and_keyed(backend: str) -> None:
         assert abs(deviations.mean()) < 4 / count**0.5
 
 
-def test_the_two_moments_use_different_bits() -> None:
-    fraction = 0x8000  # of a step: rounded up by half of all words
-    value = torch.full((4000,), 0x3F800000 | fraction, dtype=torch.int32).view(torch.float32)
-    words = adamw.random_words(7, 0, 4000, torch.device("cpu"))
-    moments = [torch.zeros(4000, dtype=torch.bfloat16) for _ in range(2)]
-    for moment, random in zip(moments, (words & 0xFFFF, words >> 16), strict=True):
-        adamw._store(moment, value, random)
-    up = [moment > 1 for moment in moments]
-    agree = (up[0] == up[1]).float().mean()
-    assert all(abs(u.float().mean() - 0.5) < 0.03 for u in up) and abs(agree - 0.5) < 0.03
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_halves_of_a_weights_word_round_its_two_moments(backend: str) -> None:
+    """Over several pieces. With betas 0 and moments 0 the values to round are exactly g and g^2."""
+    count, key = 9 * adamw.QUARTER + 3, 1 << 45 | 9
+    grad = normal(count)
+    ours = Weights(torch.zeros(count), torch.bfloat16).step(grad, backend, betas=(0.0, 0.0), key=key)
+    words = adamw.random_words(key, 0, count, torch.device("cpu"))
+    for moment, value, random in ((ours.exp_avg, grad, words % 2**16), (ours.exp_avg_sq, grad * grad, words // 2**16)):
+        magnitude = value.abs().view(torch.int32).long() + random
+        expected = (magnitude // 2**16 * 2**16).int().view(torch.float32).copysign(value)
+        assert torch.equal(moment.float(), expected)
 
 
 def test_the_words_are_philoxs() -> None:

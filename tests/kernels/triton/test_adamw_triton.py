@@ -163,7 +163,7 @@ FAULTS = {
     "the last weight is left out": ("inside = at < total", "inside = at < total - 1"),
     "a remainder without its carry": ("high = (bits + 0x8000) >> 16", "high = bits >> 16"),
     "ties toward zero": ("(bits + 0x8000)", "(bits + 0x7FFF)"),
-    "the low word of the counter alone": ("low, high = (counter", "high, low = (counter"),
+    "the words of the counter are exchanged": ("low, high = (counter", "high, low = (counter"),
 }  # fmt: skip
 
 
