@@ -22,7 +22,7 @@ test-slow: .venv/.stamp
 	$(PYTEST) -m slow $(ARGS)
 
 bench: .venv/.stamp
-	$(BIN)/python -m bench.gpu_suite $(ARGS)
+	$(BIN)/python -m $(if $(GPU),bench.gpu_suite,bench.ops) $(ARGS)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Timing that is fair to every contestant: interleaved rounds, rotated order, medians (kernels.md: random data)."""
 
+import itertools
+import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,15 +65,25 @@ def interleaved(
 
 
 def extra_memory(work: Callable[[], object], device: torch.device) -> float | None:
-    """MiB allocated at the peak of `work` beyond what is held before it (None off the GPU)."""
+    """MiB allocated at the peak of `work` beyond what is held before it, results included."""
     if device.type != "cuda":
-        return None
+        return _profiled_memory(work)
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()
     synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _profiled_memory(work: Callable[[], object]) -> float:
+    """CPU: the highest sum of torch's allocations so far, from the profiler's record of each."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports every start and stop otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sums = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(sums, default=0) / 2**20
 
 
 def summary(times: dict[str, Times]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,59 @@
+"""python -m bench.ops [--scale cpu|gpu] [--only TEXT] [--seconds S] [--out DIR] [--no-compile]: every operation of
+cai_fast.kernels against what else there is, as a table, a JSON file and a chart.
+
+On a GPU `python -m bench.gpu_suite` measures the same and more, after checking correctness.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bench import ops_block, ops_decode, ops_head, ops_preference
+from bench.chart import draw
+from bench.contest import Contest, measure, table
+from bench.environment import RESULTS, environment
+
+GROUPS = {"head": ops_head, "preference": ops_preference, "decode": ops_decode, "block": ops_block}
+
+
+def contests(scale: str, device: torch.device, *, compile: bool = True) -> Iterator[Contest]:
+    """All contests at the sizes of `scale`, made one after the other, so that only one's data are in memory."""
+    for group in GROUPS.values():
+        yield from group.contests(scale, device, compile=compile)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__.partition("\n\n")[0])
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--scale", choices=("tiny", "cpu", "gpu"), default="gpu" if on_gpu else "cpu")
+    parser.add_argument("--only", default="", help="contests whose name contains this text")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time per contest, after the first calls")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file and the chart")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it compiles for minutes)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads, the same for all; more than the free cores mislead"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    report = {**environment(), "scale": options.scale, "contests": []}
+    path = options.out / f"ops-{report['device'] if on_gpu else 'cpu'}.json".replace(" ", "_")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for contest in contests(options.scale, device, compile=not options.no_compile):
+        if options.only not in contest.name:
+            continue
+        report["contests"].append(measure(contest, device, options.seconds))
+        print(table(report["contests"][-1]), flush=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # survives an interruption
+    if not report["contests"]:
+        parser.error(f"no contest's name contains {options.only!r}")
+    title = f"{report['device']}, torch {report['versions']['torch']}, {report['date'][:10]}, commit {report['commit']}"
+    draw(report["contests"], title, path.with_suffix(".svg"))
+    print(f"\n{path}\n{path.with_suffix('.svg')}")
+
+
+if __name__ == "__main__":
+    main()
