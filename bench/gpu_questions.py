@@ -1,4 +1,4 @@
-"""The seven questions to settle first on a GPU (engine.md, "First GPU call"): one function each, plain data back."""
+"""The seven questions to settle first on a GPU: one function each, plain data back."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Timing that is fair to every contestant: interleaved rounds, rotated order, medians (kernels.md: random data)."""
+"""Timing that is fair to every contestant: interleaved rounds, rotated order, medians."""
 
 import itertools
 import os

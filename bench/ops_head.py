@@ -176,7 +176,7 @@ def contests(
 
 
 def fp32_output(device: torch.device) -> dict[str, object]:
-    """What an fp32 result costs a bf16 GEMM: it decides between fp32 chunks and recomputation (kernels.md, risks)."""
+    """What an fp32 result costs a bf16 GEMM: it decides between fp32 chunks and recomputation."""
     out: dict[str, object] = {}
     for name, (width, vocab) in HEADS.items():
         x = head_input(2048, width, vocab, device)

@@ -84,7 +84,7 @@ def value_loss(values: Tensor, returns: Tensor, scale: float) -> tuple[Tensor, S
 
 
 def token_rewards(score: Tensor, k1: Tensor, cu_targets: Tensor, kl_coef: float) -> Tensor:
-    """[N] rewards: -kl_coef x k1 at every token, plus score[S] at each response's last token (paper.md §3.3).
+    """[N] rewards: -kl_coef x k1 at every token, plus score[S] at each response's last token (arXiv 2204.05862 §4.1).
 
     k1[N] = log policy - log reference at the sampled tokens, whose expectation is the KL divergence.
     """

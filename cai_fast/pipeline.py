@@ -135,7 +135,7 @@ class Context:
             self.log.metrics(stage, step, values)
 
     def work(self, seconds: float) -> dict[str, float]:
-        """Collective: work counters of the engines used since the last call (design.md §5), over all ranks."""
+        """Collective: work counters of the engines used since the last call, over all ranks."""
         counts = dict.fromkeys(COUNTERS, 0.0)
         for engine in self.engines:
             for name in COUNTERS:
@@ -180,7 +180,7 @@ def open_context(config: Config, run: RunDir, log: RunLog, dist: Distributed) ->
 
 
 def provenance(ctx: Context, role: str, renderer: Renderer, spec: Sampling | None, **more: Any) -> dict[str, Any]:
-    """Where a generated row comes from (design.md §5); `more` adds keys, parents and few-shot ids."""
+    """Where a generated row comes from; `more` adds keys, parents and few-shot ids."""
     row: dict[str, Any] = {
         "model": ctx.model_hash(role),
         "constitution": ctx.constitution.hash,

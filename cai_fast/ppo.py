@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of responses against a score (Schulman et al. 2017; paper.md §3.3-3.4).
+"""Proximal policy optimisation of responses against a score (Schulman et al. 2017; arXiv 2204.05862 §4.1).
 
 One iteration: sampled responses are packed into minibatches once (`Ppo.measure`), and everything else runs on those
 same bins: old log-probabilities, reference, values, every epoch of the update. So with unchanged weights the ratio is

@@ -2,8 +2,8 @@
 
 A prompt is a list of segments: strings and `Mark`s (end-of-sequence token; start of a user or assistant message).
 Plain formats hold strings only and are simply joined; chat formats become messages and go through the model's own
-template; the tokenizer module turns either into token ids. The bytes of PAPER are those of the published files
-(paper.md §1.3, §2.2, §2.4), few-shot blocks included: their examples are concatenated as they are.
+template; the tokenizer module turns either into token ids. The bytes of PAPER are those of the published files,
+few-shot blocks included: their examples are concatenated as they are.
 """
 
 import re
@@ -209,8 +209,8 @@ class Prompts:
     def few_shot(self, phase: Literal["critique", "direct_revision", "comparison", "cot"], index: int) -> Block:
         """Few-shot block number `index` of the pool.
 
-        Critique examples carry their own requests, so their block is the same for every index (paper.md §1.4); in
-        comparisons each example draws its principle and the order of its responses anew (§2.2).
+        Critique examples carry their own requests, so their block is the same for every index; in comparisons
+        each example draws its principle and the order of its responses anew.
         """
         if phase in ("critique", "direct_revision"):
             return self._critique_block(direct=phase == "direct_revision")

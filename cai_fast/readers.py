@@ -40,7 +40,7 @@ class Preference(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A multiple-choice question of the evals (paper.md §8.1); the last three only where the row has texts."""
+    """A multiple-choice question of the evals; the last three only where the row has texts."""
 
     prompt: str
     correct: str

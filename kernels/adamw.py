@@ -1,4 +1,4 @@
-"""AdamW for bf16 weights with exact fp32 masters, and the global norm of gradients (kernels.md (f)).
+"""AdamW for bf16 weights with exact fp32 masters, and the global norm of gradients.
 
 A master weight is kept as its nearest bf16, which is the model's parameter, and a 16-bit remainder: 4 bytes, where a
 bf16 copy beside an fp32 master takes 6, and an update far below one bf16 step is still never lost. With a bf16

@@ -1,6 +1,7 @@
 """The rules of the code base that a program can check: import order, sizes, and what may not be used at all."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -189,6 +190,12 @@ def test_nothing_dangerous_is_used(path: Path) -> None:
             assert ast.unparse(node.value) == "False", f"{where}: code of a checkpoint must never run"
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
             raise AssertionError(f"{where}: {ast.unparse(node.func)}")
+
+
+@pytest.mark.parametrize("path", [*SOURCE, *OTHER], ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_that_the_code_names_are_in_the_repository(path: Path) -> None:
+    named = set(re.findall(r"\b\w+\.md\b", path.read_text(encoding="utf-8")))
+    assert not named - {document.name for folder in (ROOT, ROOT / "bench") for document in folder.glob("*.md")}
 
 
 def test_every_package_and_data_file_is_in_the_distribution() -> None:

@@ -1,4 +1,4 @@
-"""The engine: continuous batching, prefix handles and scoring on the trainer's own model instance (design.md §8)."""
+"""The engine: continuous batching, prefix handles and scoring on the trainer's own model instance."""
 
 from collections.abc import Callable, Sequence
 

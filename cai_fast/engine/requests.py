@@ -7,7 +7,7 @@ from cai_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one response is drawn (design.md §8).
+    """How one response is drawn.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 are off. `max_new_tokens` counts the stop token.
     A response ends with the first of `stop_token_ids`, or with the token that completes one of `stop_strings`.

@@ -1,4 +1,4 @@
-"""Stage rl: RL-CAI, SL-CAI trained by PPO against the preference model (paper §4.1; design.md §10).
+"""Stage rl: RL-CAI, SL-CAI trained by PPO against the preference model (paper §4.1).
 
 One iteration: answers to red-team and helpful prompts, sampled by an engine that shares the policy's weights; reward =
 preference score at the end of the answer, minus a KL penalty against SL-CAI at every token; PPO update.

@@ -1,4 +1,4 @@
-"""AdamW on split masters in one launch a parameter, and the ordered two-pass norm (kernels.md (f)).
+"""AdamW on split masters in one launch a parameter, and the ordered two-pass norm.
 
 Bound by memory: 18 bytes a weight with bf16 gradient and moments, 30 with fp32 ones. A program updates four blocks of
 QUARTER weights, so that each of its Philox calls serves four weights; a word's halves round the two moments. bf16

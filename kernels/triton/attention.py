@@ -1,4 +1,4 @@
-"""Decode attention over a paged cache, split over tokens (kernels.md (e)).
+"""Decode attention over a paged cache, split over tokens.
 
 One program per sequence, kv head and split; the query heads of a group are the rows of its dot products. A split is a
 fixed number of tokens, whatever the batch, and splits are merged in order, so a sequence's result depends on it alone.

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation as a segmented reverse scan: one launch, one program per sequence (kernels.md (d)).
+"""Generalised advantage estimation as a segmented reverse scan: one launch, one program per sequence.
 
 A token is the affine map carry -> delta + gamma lam carry of the advantage that follows it. Maps compose
 associatively, so that a block is scanned in parallel; blocks go from the sequence's end and hand on their first lane.

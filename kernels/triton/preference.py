@@ -1,4 +1,4 @@
-"""A judge's option logits and the soft labels made of them (kernels.md (c)): one launch each."""
+"""A judge's option logits and the soft labels made of them: one launch each."""
 
 import torch
 import triton
