@@ -17,6 +17,7 @@ from ..linear_policy_loss import STATS, PolicyLoss, Rows, Settings
 from ..token_loss import ForwardGradient
 from . import fused_logprob, tiles
 from . import rows as kernels
+from .sums import policy_sums
 
 
 def _gradient_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -31,7 +32,7 @@ def _outputs(hidden: Tensor, count: int) -> Tensor:
 
 
 class _TokenLoss(ForwardGradient):
-    """(loss, outputs [8, N]) of inputs [4, N]; settings None: the linear loss sum_i g_i logprob_i."""
+    """(loss, outputs [8, N], stats [7]) of inputs [4, N]; settings and r None: the loss sum_i g_i logprob_i, no stats."""
 
     @staticmethod
     def forward(
@@ -41,16 +42,16 @@ class _TokenLoss(ForwardGradient):
         targets: Tensor,
         inputs: Tensor,
         settings: Settings | None,
-        has_ref: bool,
+        r: Rows | None,
         want: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         grads = HeadGrad(*operands(hidden, weight), *want)
         outputs = _outputs(hidden, kernels.OUTPUTS)
         temperature, policy = 1.0, {}
         if settings is not None:
             temperature = settings.temperature
             policy = {"clip_coef": settings.clip_coef, "kl_coef": settings.kl_coef}
-            policy |= {"has_ref": has_ref, "k3": settings.kl_estimator == "k3"}
+            policy |= {"has_ref": r.ref is not None, "k3": settings.kl_estimator == "k3"}
         mode = kernels.LINEAR if settings is None else kernels.POLICY
         for rows, z, dz in _gradient_chunks(hidden, weight):
             kernels.launch_rows(
@@ -60,32 +61,34 @@ class _TokenLoss(ForwardGradient):
                 grads.add(rows, dz)
         ctx.d_hidden, ctx.d_weight = grads.hidden, grads.weight_sum()
         ctx.dtypes, ctx.main_grad = (hidden.dtype, weight.dtype), getattr(weight, "main_grad", None)
-        ctx.mark_non_differentiable(outputs)
-        return outputs[kernels.LOSS].sum(), outputs
+        if r is None:
+            ctx.mark_non_differentiable(outputs)
+            return outputs[kernels.LOSS].sum(), outputs, None
+        loss, stats = policy_sums(outputs, r.weights)
+        ctx.mark_non_differentiable(outputs, stats)
+        return loss, outputs, stats
 
 
 def _token_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, inputs: Tensor, settings: Settings | None, has_ref: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, inputs: Tensor, settings: Settings | None, r: Rows | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     grad = torch.is_grad_enabled()
     want = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return _TokenLoss.apply(hidden, weight, targets.contiguous(), inputs, settings, has_ref, want)
+    return _TokenLoss.apply(hidden, weight, targets.contiguous(), inputs, settings, r, want)
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, scale: float | Tensor
 ) -> Tensor:
     g, zero = -weights * scale, torch.zeros_like(weights)
-    return _token_loss(hidden, weight, targets, torch.stack((g, zero, zero, zero)), None, False)[0]
+    return _token_loss(hidden, weight, targets, torch.stack((g, zero, zero, zero)), None, None)[0]
 
 
 def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, r: Rows, s: Settings) -> PolicyLoss:
     ref = r.old if r.ref is None else r.ref
     inputs = torch.stack((r.old, r.advantage, r.weights * s.scale, ref))
-    loss, outputs = _token_loss(hidden, weight, targets, inputs, s, r.ref is not None)
-    pg, kl, clipped, ratio = outputs[kernels.PG :].unbind()
-    terms = torch.stack((pg, kl, clipped, ratio, ratio.square(), outputs[kernels.ENTROPY], torch.ones_like(ratio)))
-    stats = dict(zip(STATS, (terms * r.weights).sum(1).unbind(), strict=True))
+    loss, outputs, sums = _token_loss(hidden, weight, targets, inputs, s, r)
+    stats = dict(zip(STATS, sums.unbind(), strict=True))
     return PolicyLoss(loss, stats, outputs[kernels.LOGPROB].clone())
 
 
