@@ -125,7 +125,11 @@ def _padded_rows(rows: int, reduction: int, chunk: int) -> int:
 def logit_chunks(hidden: Tensor, weight: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits[n, V] / temperature); every chunk reuses one buffer, which the consumer may overwrite.
 
-    A row's logits do not depend on the chunk they fall in (on CPU; on GPU for equal chunk sizes).
+    On CPU a row's logits do not depend on the chunk they fall in. On CUDA the library chooses an algorithm, and with it
+    the order of a row's additions, by the shape, strides and alignment of the product: a row has the same bits in two
+    calls if both have the same rows in the same order, hence the same chunks, down to the size of the last one, which
+    N alone decides; and the same dtypes, weight strides and device. A row dropped before a call moves every row after
+    it and shortens the last chunk, so that no bit is promised then.
     """
     total, (vocab, width) = hidden.shape[0], weight.shape
     chunk, on_cpu = chunk_rows(vocab, hidden.device), hidden.device.type == "cpu"
@@ -154,48 +158,64 @@ def like_chunk(scratch: Tensor | None, chunk: Tensor) -> Tensor:
     return torch.empty_like(chunk) if scratch is None else scratch[: chunk.shape[0]]
 
 
-class HeadGrad:
-    """Gradients of hidden and weight, summed over chunks of dL/dlogits; weight's sum is kept in fp32."""
+def main_grad_of(hidden: Tensor, weight: Tensor, wanted: bool) -> Tensor | None:
+    """`weight.main_grad`, checked, where the caller set one and a gradient is wanted.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool) -> None:
+    It is a [V, H] buffer of the precision in which gradients are summed (fp32; fp64 where an operand is fp64), on the
+    weight's device, to which the weight's gradient is added; autograd then gets None. The caller sets it only on an
+    unsharded weight, outside recomputed regions, and clears it himself.
+    """
+    main_grad = getattr(weight, "main_grad", None) if wanted else None
+    if main_grad is None:
+        return None
+    dtype = accumulate_dtype(torch.promote_types(hidden.dtype, weight.dtype))
+    if main_grad.dtype != dtype or main_grad.shape != weight.shape or main_grad.device != weight.device:
+        raise ValueError(
+            f"weight.main_grad must be {dtype} of shape {list(weight.shape)} on {weight.device}. "
+            f"Got {main_grad.dtype} of shape {list(main_grad.shape)} on {main_grad.device}."
+        )
+    return main_grad
+
+
+class HeadGrad:
+    """Gradients of hidden and weight, summed over chunks of dL/dlogits; weight's sum is kept in fp32.
+
+    With `main_grad` [V, H] the weight's gradient is added to it from the first chunk on: no second such tensor exists.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool, main_grad: Tensor | None = None
+    ) -> None:
         self._hidden, self._weight = hidden, weight
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-        dtype = accumulate_dtype(weight.dtype)
-        self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device) if want_weight else None
-        self._empty = True
+        self._sum = main_grad
+        if main_grad is None and want_weight:
+            self._sum = torch.empty(weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device)
+        self._own, self._empty = main_grad is None, main_grad is None
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """dlogits: [n, V] gradient of the rows' logits (before the division by the temperature)."""
         dlogits = dlogits.to(self._hidden.dtype)
         if self.hidden is not None:
             torch.mm(dlogits, self._weight, out=self.hidden[rows])
-        if self.weight is None:
+        if self._sum is None:
             return
         left, right = dlogits.t(), self._hidden[rows]
         if self._empty:
-            _mm(left, right, self.weight)
-        elif left.dtype == self.weight.dtype:
-            torch.addmm(self.weight, left, right, out=self.weight)
+            _mm(left, right, self._sum)
+        elif left.dtype == self._sum.dtype:
+            torch.addmm(self._sum, left, right, out=self._sum)
         else:
-            torch.addmm(self.weight, left, right, out_dtype=self.weight.dtype, out=self.weight)
+            torch.addmm(self._sum, left, right, out_dtype=self._sum.dtype, out=self._sum)
         self._empty = False
 
     def weight_sum(self) -> Tensor | None:
-        if self._empty and self.weight is not None:
-            self.weight.zero_()
-        return self.weight
-
-
-def give_weight_grad(gradient: Tensor | None, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor | None:
-    """Return the fp32 weight gradient to autograd, or add it to `weight.main_grad` where the caller set one.
-
-    Adding happens in the backward, so recomputed forwards and any upstream gradient stay right. The caller sets
-    `main_grad` (fp32, same shape) only on unsharded weights.
-    """
-    if gradient is None or main_grad is None:
-        return None if gradient is None else gradient.to(dtype)
-    main_grad.add_(gradient)
-    return None
+        """[V, H]; None if it was not wanted, or is in main_grad."""
+        if not self._own:
+            return None
+        if self._empty and self._sum is not None:
+            self._sum.zero_()
+        return self._sum
 
 
 def kept_rows(targets: Tensor, vocab: int, weights: Tensor | None) -> Tensor | None:

@@ -16,10 +16,10 @@ from .common import (
     accumulate_dtype,
     check_head,
     check_temperature,
-    give_weight_grad,
     lazy_triton,
     log_softmax_,
     logit_chunks,
+    main_grad_of,
     operands,
     select,
 )
@@ -108,7 +108,7 @@ class _ForwardGradient(torch.autograd.Function):
         result = kl_pass(inputs, temperature, None, want)
         ctx.save_for_backward(*inputs)
         ctx.d_hidden, ctx.d_weight = result.d_hidden, result.d_weight
-        ctx.temperature, ctx.want, ctx.main_grad = temperature, want, getattr(weight, "main_grad", None)
+        ctx.temperature, ctx.want, ctx.main_grad = temperature, want, main_grad_of(hidden, weight, want[1])
         ctx.kl_pass = kl_pass
         ctx.mark_non_differentiable(*(x for x in (result.logprob, result.ref_logprob) if x is not None))
         return result.kl, result.logprob, result.ref_logprob
@@ -129,7 +129,12 @@ class _ForwardGradient(torch.autograd.Function):
             again = ctx.kl_pass(inputs, ctx.temperature, upstream, ctx.want)
             d_hidden, d_weight = again.d_hidden, again.d_weight
         d_hidden = None if d_hidden is None else d_hidden.to(inputs.hidden.dtype)
-        d_weight = give_weight_grad(d_weight, inputs.weight.dtype, ctx.main_grad)
+        if ctx.main_grad is not None:
+            # Only now: the forward could not know the upstream gradient, which a mean makes other than 1.
+            ctx.main_grad.add_(d_weight)
+            d_weight = None
+        elif d_weight is not None:
+            d_weight = d_weight.to(inputs.weight.dtype)
         return d_hidden, d_weight, None, None, None, None, None, None
 
 
@@ -162,6 +167,8 @@ def linear_kl(
 
     hidden [N, H], weight [V, H]; ref_hidden [N, H'], ref_weight [V, H'] (H' may differ). With targets [N] both
     models' log-probabilities of them come along. Only the policy receives a gradient.
+    With `weight.main_grad` set (see common.main_grad_of) the backward adds the weight's gradient to it, for any
+    upstream gradient; the forward holds a [V, H] gradient of its own until then.
     """
     check_head("linear_kl", hidden, weight, targets=targets)
     check_head("linear_kl (reference)", ref_hidden, ref_weight)

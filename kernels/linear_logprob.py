@@ -11,11 +11,11 @@ from .common import (
     accumulate_dtype,
     check_head,
     check_temperature,
-    give_weight_grad,
     lazy_triton,
     like_chunk,
     log_softmax_,
     logit_chunks,
+    main_grad_of,
     operands,
     select,
 )
@@ -70,7 +70,7 @@ class _Recompute(torch.autograd.Function):
             entropy.neg_()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, targets, valid, entropy)
-        ctx.temperature, ctx.main_grad = temperature, getattr(weight, "main_grad", None)
+        ctx.temperature, ctx.main_grad = temperature, main_grad_of(hidden, weight, ctx.needs_input_grad[1])
         return logprob, lse, entropy
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Recompute(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, valid, entropy = ctx.saved_tensors
         h, w = operands(hidden, weight)
-        grads = HeadGrad(h, w, *ctx.needs_input_grad[:2])
+        grads = HeadGrad(h, w, *ctx.needs_input_grad[:2], ctx.main_grad)
         zero = h.new_zeros((), dtype=accumulate_dtype(h.dtype)).expand(h.shape[0])
         g = zero if d_logprob is None else torch.where(valid, d_logprob, 0.0)
         s = (zero if d_lse is None else d_lse) - g
@@ -97,8 +97,9 @@ class _Recompute(torch.autograd.Function):
                 dz = z.mul_(-e).add_(s[rows, None] - e * entropy[rows, None]).mul_(p)
             dz.scatter_add_(1, targets[rows, None], g[rows, None])
             grads.add(rows, dz if ctx.temperature == 1.0 else dz.mul_(1.0 / ctx.temperature))
-        d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
-        d_weight = give_weight_grad(grads.weight_sum(), weight.dtype, ctx.main_grad)
+        d_hidden, d_weight = (
+            None if g is None else g.to(x.dtype) for g, x in ((grads.hidden, hidden), (grads.weight_sum(), weight))
+        )
         return d_hidden, d_weight, None, None, None, None
 
 
@@ -124,7 +125,9 @@ def linear_logprob(
 ) -> LinearLogprob:
     """Log-probability of each row's target, log-sum-exp and, if asked, entropy: fp32, differentiable.
 
-    hidden [N, H], weight [V, H], targets [N] int64. A row's result does not depend on the rows around it.
+    hidden [N, H], weight [V, H], targets [N] int64. A row's result does not depend on the rows around it
+    (on CUDA: see common.logit_chunks). With `weight.main_grad` set (see common.main_grad_of) the backward adds the
+    weight's gradient to it, for any upstream gradient.
 
     tiled: for inference only. No gradient is formed, and on Triton the logits exist but as one tile in the L2 cache,
     which takes less than 64 MB in place of a chunk of rows times V. Its sums run in another order, so that the last

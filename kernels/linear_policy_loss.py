@@ -6,6 +6,7 @@ k3 = exp(d) - 1 - d, whose gradient is on average that of KL(reference || policy
 k1 = -d belongs in the reward: as a loss its gradient has mean zero, so it is refused here.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,7 @@ def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, r: Rows, s: Settin
     return PolicyLoss(loss, _stats(logprob, entropy, r, s), logprob)
 
 
+Implementation = Callable[[Tensor, Tensor, Tensor, Rows, Settings], PolicyLoss]
 _IMPLEMENTATIONS = {"reference": _reference, "chunked": _chunked, "triton": lazy_triton("head", "linear_policy_loss")}
 
 
@@ -139,10 +141,17 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """scale x sum_i weights_i (max(-A_i r_i, -A_i clip(r_i, 1 +- clip_coef)) + kl_coef kl_i).
 
-    hidden [N, H], weight [V, H], targets [N] int64; old_logprob, advantage, weights, ref_logprob [N]. The ratio
-    r = exp(logprob - old_logprob) is exactly 1 when old_logprob is linear_logprob's (same backend, temperature and
-    weights). Rows with a target outside [0, V) or weight 0 are left out. No host synchronisation but the one that
-    counts the rows kept.
+    hidden [N, H], weight [V, H], targets [N] int64; old_logprob, advantage, weights, ref_logprob [N]. Rows with a
+    target outside [0, V) or weight 0 do not count, whatever else they hold. With `weights` they are dropped before any
+    matrix product, which takes one host synchronisation. Without, every row keeps its place and nothing synchronises;
+    only the hidden states of rows that do not count must then be finite.
+
+    The ratio r = exp(logprob - old_logprob) is exactly 1 when old_logprob is linear_logprob's with the same backend,
+    temperature and weights: on CPU always, on CUDA if that call saw the same rows in the same order and no row was
+    dropped here, which without `weights` none is (see common.logit_chunks).
+
+    With `weight.main_grad` set (see common.main_grad_of) the weight's gradient is added to it in the forward, and the
+    loss must be differentiated exactly once, with an upstream gradient of 1: put factors into `scale`.
     """
     op = "linear_policy_loss"
     rows = {"old_logprob": old_logprob, "advantage": advantage, "weights": weights, "ref_logprob": ref_logprob}
@@ -154,16 +163,35 @@ def linear_policy_loss(
     if kl_coef and ref_logprob is None:
         raise ValueError(f"{op}: kl_coef = {kl_coef} needs ref_logprob")
     implementation = select(op, _IMPLEMENTATIONS, backend, hidden.device)
-    index = kept_rows(targets, weight.shape[0], weights)
-    dtype = accumulate_dtype(hidden.dtype)
-    if weights is None:
-        weights = torch.ones(targets.shape, dtype=dtype, device=hidden.device)
-    taken = (
-        take(x if x is None else x.detach().to(dtype), index) for x in (old_logprob, advantage, weights, ref_logprob)
-    )
     settings = Settings(clip_coef, kl_coef, kl_estimator, temperature, scale)
-    result = implementation(take(hidden, index), weight, take(targets, index), Rows(*taken), settings)
+    dtype = accumulate_dtype(hidden.dtype)
+    old, advantage, weights, ref = (None if x is None else x.detach().to(dtype) for x in rows.values())
+    if weights is None:
+        return _all_rows(implementation, hidden, weight, targets, (old, advantage, ref), settings)
+    return _kept_rows(implementation, hidden, weight, targets, Rows(old, advantage, weights, ref), settings)
+
+
+def _all_rows(
+    implementation: Implementation, hidden: Tensor, weight: Tensor, targets: Tensor,
+    numbers: tuple[Tensor, Tensor, Tensor | None], s: Settings,
+) -> PolicyLoss:  # fmt: skip
+    """Without weights: a row whose target lies outside [0, V) stays in its place, with weight 0 and numbers 0 instead
+    of (old_logprob, advantage, ref_logprob), so that the host need not know how many there are."""
+    valid = (targets >= 0) & (targets < weight.shape[0])
+    old, advantage, ref = (None if x is None else torch.where(valid, x, 0.0) for x in numbers)
+    rows = Rows(old, advantage, valid.to(old.dtype), ref)
+    result = implementation(hidden, weight, targets.clamp(0, weight.shape[0] - 1), rows, s)
+    return result._replace(logprob=result.logprob.masked_fill(~valid, 0.0))
+
+
+def _kept_rows(
+    implementation: Implementation, hidden: Tensor, weight: Tensor, targets: Tensor, r: Rows, s: Settings
+) -> PolicyLoss:
+    """With weights: only the rows that count reach a matrix product."""
+    index = kept_rows(targets, weight.shape[0], r.weights)
+    kept = Rows(*(take(x, index) for x in r))
+    result = implementation(take(hidden, index), weight, take(targets, index), kept, s)
     if index is None:
         return result
-    logprob = torch.zeros(targets.shape, dtype=dtype, device=hidden.device).index_copy_(0, index, result.logprob)
+    logprob = torch.zeros(targets.shape, dtype=r.old.dtype, device=hidden.device).index_copy_(0, index, result.logprob)
     return result._replace(logprob=logprob)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .common import HeadGrad, accumulate_dtype, give_weight_grad, like_chunk, log_softmax_, logit_chunks, operands
+from .common import HeadGrad, accumulate_dtype, like_chunk, log_softmax_, logit_chunks, main_grad_of, operands
 
 RowLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(rows, logprob[n]) -> (loss[n], dloss/dlogprob[n]), weights and scale included."""
@@ -25,14 +25,34 @@ class TokenLoss(NamedTuple):
 
 
 class ForwardGradient(torch.autograd.Function):
-    """A scalar loss whose gradients its forward left in ctx: d_hidden, d_weight, dtypes, main_grad."""
+    """A scalar loss whose forward forms its gradients, for an upstream gradient of 1.
+
+    With `weight.main_grad` the forward adds the weight's gradient there, where nothing can scale it afterwards: the
+    backward then insists, without a host synchronisation, on an upstream gradient of 1, and on running once.
+    """
+
+    @staticmethod
+    def keep(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, grads: HeadGrad, main_grad: Tensor | None) -> None:
+        """What the backward needs, kept at the end of the forward."""
+        ctx.set_materialize_grads(False)  # or zeros would be made for the results that have no gradient
+        ctx.d_hidden, ctx.d_weight = grads.hidden, grads.weight_sum()
+        ctx.dtypes, ctx.in_main_grad, ctx.done = (hidden.dtype, weight.dtype), main_grad is not None, False
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.in_main_grad:
+            if ctx.done:
+                raise RuntimeError("a second backward of one loss: weight.main_grad holds its gradient already")
+            ctx.done = True
+            torch._assert_async(
+                upstream == 1,
+                "weight.main_grad holds the gradient of the loss itself, so its upstream gradient must be 1: "
+                "put factors into `scale`, or do not set main_grad",
+            )
         d_hidden = None if ctx.d_hidden is None else (ctx.d_hidden * upstream).to(ctx.dtypes[0])
-        d_weight = None if ctx.d_weight is None else ctx.d_weight * upstream
-        return d_hidden, give_weight_grad(d_weight, ctx.dtypes[1], ctx.main_grad), None, None, None, None, None
+        d_weight = None if ctx.d_weight is None else (ctx.d_weight * upstream).to(ctx.dtypes[1])
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 class _TokenLoss(ForwardGradient):
@@ -48,7 +68,8 @@ class _TokenLoss(ForwardGradient):
         want: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         h, w = operands(hidden, weight)
-        grads = HeadGrad(h, w, *want)
+        main_grad = main_grad_of(hidden, weight, want[1])
+        grads = HeadGrad(h, w, *want, main_grad)
         logprob = h.new_empty(h.shape[0], dtype=accumulate_dtype(h.dtype))
         losses = torch.empty_like(logprob)
         entropy = torch.empty_like(logprob) if want_entropy else None
@@ -70,8 +91,7 @@ class _TokenLoss(ForwardGradient):
                 grads.add(rows, p.mul_(-g).scatter_add_(1, target, g))
         if entropy is not None:
             entropy.neg_()
-        ctx.d_hidden, ctx.d_weight = grads.hidden, grads.weight_sum()
-        ctx.dtypes, ctx.main_grad = (hidden.dtype, weight.dtype), getattr(weight, "main_grad", None)
+        ForwardGradient.keep(ctx, hidden, weight, grads, main_grad)
         ctx.mark_non_differentiable(*(x for x in (logprob, entropy) if x is not None))
         return losses.sum(), logprob, entropy
 

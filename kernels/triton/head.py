@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..common import HeadGrad, accumulate_dtype, give_weight_grad, logit_chunks, operands
+from ..common import HeadGrad, accumulate_dtype, logit_chunks, main_grad_of, operands
 from ..linear_kl import Inputs, Pass, differentiable_kl
 from ..linear_logprob import LinearLogprob
 from ..linear_policy_loss import STATS, PolicyLoss, Rows, Settings
@@ -32,7 +32,7 @@ def _outputs(hidden: Tensor, count: int) -> Tensor:
 
 
 class _TokenLoss(ForwardGradient):
-    """(loss, outputs [8, N], stats [7]) of inputs [4, N]; settings and r None: the loss sum_i g_i logprob_i, no stats."""
+    """(loss, outputs [8, N], stats [7]) of inputs [4, N]; settings and r None: loss sum_i g_i logprob_i, no stats."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,8 @@ class _TokenLoss(ForwardGradient):
         r: Rows | None,
         want: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        grads = HeadGrad(*operands(hidden, weight), *want)
+        main_grad = main_grad_of(hidden, weight, want[1])
+        grads = HeadGrad(*operands(hidden, weight), *want, main_grad)
         outputs = _outputs(hidden, kernels.OUTPUTS)
         temperature, policy = 1.0, {}
         if settings is not None:
@@ -59,8 +60,7 @@ class _TokenLoss(ForwardGradient):
             )
             if any(want):
                 grads.add(rows, dz)
-        ctx.d_hidden, ctx.d_weight = grads.hidden, grads.weight_sum()
-        ctx.dtypes, ctx.main_grad = (hidden.dtype, weight.dtype), getattr(weight, "main_grad", None)
+        ForwardGradient.keep(ctx, hidden, weight, grads, main_grad)
         if r is None:
             ctx.mark_non_differentiable(outputs)
             return outputs[kernels.LOSS].sum(), outputs, None
@@ -104,7 +104,7 @@ class _Recompute(torch.autograd.Function):
             )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, targets, valid)
-        ctx.temperature, ctx.main_grad = temperature, getattr(weight, "main_grad", None)
+        ctx.temperature, ctx.main_grad = temperature, main_grad_of(hidden, weight, ctx.needs_input_grad[1])
         lse, entropy = outputs[kernels.LSE].clone(), outputs[kernels.ENTROPY].clone()
         return outputs[kernels.LOGPROB].masked_fill(~valid, 0.0), lse, entropy
 
@@ -112,7 +112,7 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, valid = ctx.saved_tensors
-        grads = HeadGrad(*operands(hidden, weight), *ctx.needs_input_grad[:2])
+        grads = HeadGrad(*operands(hidden, weight), *ctx.needs_input_grad[:2], ctx.main_grad)
         inputs, outputs = _outputs(hidden, kernels.OUTPUTS).zero_(), _outputs(hidden, kernels.OUTPUTS)
         for row, gradient in zip(inputs, upstream, strict=False):
             if gradient is not None:
@@ -123,8 +123,10 @@ class _Recompute(torch.autograd.Function):
                 z, dz, targets[rows], inputs[:, rows], outputs[:, rows], kernels.LINEAR, True, 1.0 / ctx.temperature
             )
             grads.add(rows, dz)
-        d_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
-        return d_hidden, give_weight_grad(grads.weight_sum(), weight.dtype, ctx.main_grad), None, None, None
+        d_hidden, d_weight = (
+            None if g is None else g.to(x.dtype) for g, x in ((grads.hidden, hidden), (grads.weight_sum(), weight))
+        )
+        return d_hidden, d_weight, None, None, None
 
 
 def linear_logprob(

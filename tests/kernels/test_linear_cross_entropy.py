@@ -116,15 +116,6 @@ def test_frozen_inputs_receive_no_gradient(head, frozen: str) -> None:
         )
 
 
-def test_main_grad_accumulates_and_autograd_gets_none(head) -> None:
-    hidden, weight, targets = head(70, 6, 20)
-    weight.main_grad = torch.ones_like(weight)
-    (2 * linear_cross_entropy(hidden, weight, targets)).backward()
-    assert weight.grad is None
-    expected = grads(2 * F.cross_entropy(hidden @ weight.t(), targets, reduction="sum"), weight)[0]
-    torch.testing.assert_close(weight.main_grad, expected.detach() + 1)
-
-
 def test_backward_twice_gives_the_same_gradient(head) -> None:
     hidden, weight, targets = head(40, 6, 20)
     loss = linear_cross_entropy(hidden, weight, targets)
