@@ -60,7 +60,10 @@ def policy_loss(
     hidden: Tensor, weight: Tensor, batch: TargetBatch, terms: PolicyTerms, *, clip_coef: float, temperature: float,
     scale: float,
 ) -> tuple[Tensor, Stats]:  # fmt: skip
-    """Clipped PPO objective from the policy's hidden states [N, H] at the rows of the batch's targets."""
+    """Clipped PPO objective from the policy's hidden states [N, H] at the rows of the batch's targets.
+
+    Without weights: no row is dropped, so the head multiplies the chunks that gave the old log-probabilities.
+    """
     out = kernels.linear_policy_loss(
         hidden, weight, batch.targets, terms.old_logprob, terms.advantages,
         clip_coef=clip_coef, temperature=temperature, scale=scale,

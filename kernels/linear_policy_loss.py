@@ -177,11 +177,11 @@ def _all_rows(
 ) -> PolicyLoss:  # fmt: skip
     """Without weights: a row whose target lies outside [0, V) stays in its place, with weight 0 and numbers 0 instead
     of (old_logprob, advantage, ref_logprob), so that the host need not know how many there are."""
-    valid = (targets >= 0) & (targets < weight.shape[0])
-    old, advantage, ref = (None if x is None else torch.where(valid, x, 0.0) for x in numbers)
-    rows = Rows(old, advantage, valid.to(old.dtype), ref)
+    ignored = (targets < 0) | (targets >= weight.shape[0])
+    old, advantage, ref = (None if x is None else x.masked_fill(ignored, 0.0) for x in numbers)
+    rows = Rows(old, advantage, (~ignored).to(old.dtype), ref)
     result = implementation(hidden, weight, targets.clamp(0, weight.shape[0] - 1), rows, s)
-    return result._replace(logprob=result.logprob.masked_fill(~valid, 0.0))
+    return result._replace(logprob=result.logprob.masked_fill(ignored, 0.0))
 
 
 def _kept_rows(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cai_fast.kernels import common
 from tiny import alone, gradients, relative_difference, tiny_model
 
 from cai_fast import checkpoint, losses
@@ -282,3 +283,29 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path: Path) -> None:
     assert json.loads(outputs[0].splitlines()[-1]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     both = torch.load(tmp_path / "grads.pt", weights_only=True)
     assert float((both - single).norm() / single.norm()) <= 1e-6
+
+
+def test_the_update_multiplies_the_chunks_that_the_measurement_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the ratio is exactly 1 only if both multiply the head by the same rows in the same chunks."""
+    monkeypatch.setattr(common, "chunk_rows", lambda vocab, device: 4)
+    ppo, seen, product = make(), [], common._mm
+
+    def recorded(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+        if out.shape[1] == ppo.policy.config.vocab_size and not torch.equal(right, reference):
+            seen.append(left.clone())
+        product(left, right, out)
+
+    with torch.no_grad():
+        ppo.policy.lm_head_weight.mul_(1.01)  # tells the policy's products from the reference's
+    reference = ppo.reference.lm_head_weight.t()
+    monkeypatch.setattr(common, "_mm", recorded)
+    rollouts = ppo.measure(examples(), 0)
+    ppo.set_advantages(rollouts, SCORES)
+    for b in rollouts.bins:
+        seen.clear()
+        ppo._measure(b.samples, examples())
+        measured = seen[: len(seen) // 2]  # then once more for the exact KL
+        seen.clear()
+        ppo._loss(b, 1.0)
+        assert len(measured) == -(-len(b.logprob) // 4) == len(seen)
+        assert all(torch.equal(x, y) for x, y in zip(measured, seen, strict=True))
