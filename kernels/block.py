@@ -8,9 +8,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .common import accumulate_dtype, lazy_triton, select
 
 
-def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x if residual is None else x + residual
     wide = x.to(accumulate_dtype(x.dtype))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype), x
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -38,8 +39,9 @@ class _RmsNorm(torch.autograd.Function):
         return dx.to(x.dtype), d_weight, None
 
 
-def _rms_norm_chunked(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _RmsNorm.apply(x, weight, eps)
+def _rms_norm_chunked(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x if residual is None else x + residual
+    return _RmsNorm.apply(x, weight, eps), x
 
 
 _RMS_NORM = {"reference": _rms_norm_reference, "chunked": _rms_norm_chunked, "triton": lazy_triton("block", "rms_norm")}
@@ -50,13 +52,16 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich 2019), statistics in fp32.
 
-    x, residual [..., H], weight [H]. With a residual: (norm of x + residual, x + residual).
+    x, residual [..., H] of one dtype, weight [H]. With a residual: (norm of the sum, sum), where sum = x + residual is
+    rounded to its dtype before the norm is taken; both results are differentiable.
     """
-    implementation = select("rms_norm", _RMS_NORM, backend, x.device)
-    if residual is None:
-        return implementation(x, weight, eps)
-    x = x + residual
-    return implementation(x, weight, eps), x
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rms_norm: residual must have x's shape {list(x.shape)} and dtype {x.dtype}. "
+            f"Got {list(residual.shape)} and {residual.dtype}."
+        )
+    normal, total = select("rms_norm", _RMS_NORM, backend, x.device)(x, weight, eps, residual)
+    return normal if residual is None else (normal, total)
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

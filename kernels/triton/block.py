@@ -17,21 +17,33 @@ ELEMENTS = 1024  # of one swiglu program
 
 
 @triton.jit
-def _norm_forward(x, weight, out, rstd_out, width, eps, BLOCK: tl.constexpr):
+def _norm_forward(
+    x, residual, weight, total_out, out, rstd_out, width, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One row: of x, or of x + residual, which is rounded to their dtype, stored and then taken for x."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
+    at = row * width + column
     accumulate: tl.constexpr = rstd_out.dtype.element_ty
-    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(accumulate)
+    value = tl.load(x + at, mask=inside, other=0.0).to(accumulate)
+    if RESIDUAL:
+        total = (value + tl.load(residual + at, mask=inside, other=0.0).to(accumulate)).to(x.dtype.element_ty)
+        tl.store(total_out + at, total, mask=inside)
+        value = total.to(accumulate)
     rstd = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
     normal = (value * rstd).to(x.dtype.element_ty).to(accumulate)
     w = tl.load(weight + column, mask=inside, other=0.0).to(accumulate)
-    tl.store(out + row * width + column, (normal * w).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (normal * w).to(out.dtype.element_ty), mask=inside)
     tl.store(rstd_out + row, rstd)
 
 
 @triton.jit
-def _norm_backward(x, weight, rstd_in, upstream, dx_out, dw_out, rows, width, share, BLOCK: tl.constexpr):
+def _norm_backward(
+    x, weight, rstd_in, upstream, d_total, dx_out, dw_out, rows, width, share,
+    SUMMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`share` rows: their dx, plus x's other gradient d_total where SUMMED, and one partial gradient of weight."""
     first = tl.program_id(0).to(tl.int64) * share
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -45,44 +57,63 @@ def _norm_backward(x, weight, rstd_in, upstream, dx_out, dw_out, rows, width, sh
         up = tl.load(upstream + at, mask=inside, other=0.0).to(accumulate)
         mean = tl.sum(up * normal * w, 0) / width
         # dx = rstd (u w - normal mean(u w normal))
-        tl.store(dx_out + at, ((up * w - normal * mean) * rstd).to(dx_out.dtype.element_ty), mask=inside)
+        dx = (up * w - normal * mean) * rstd
+        if SUMMED:
+            dx += tl.load(d_total + at, mask=inside, other=0.0).to(accumulate)
+        tl.store(dx_out + at, dx.to(dx_out.dtype.element_ty), mask=inside)
         dw += up * normal
     tl.store(dw_out + tl.program_id(0) * width + column, dw, mask=inside)
 
 
 class _RmsNorm(torch.autograd.Function):
+    """(norm, None) of x, or (norm, sum) of x + residual, whose gradients arrive together and leave as one."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         x, weight = x.contiguous(), weight.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         width = x.shape[-1]
         out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
         rows = x.numel() // width
         rstd = torch.empty(rows, dtype=accumulate_dtype(x.dtype), device=x.device)
         if rows:
-            _norm_forward[(rows,)](x, weight, out, rstd, width, eps, BLOCK=triton.next_power_of_2(width))
-        ctx.save_for_backward(x, weight, rstd)
-        return out
+            _norm_forward[(rows,)](
+                x, x if residual is None else residual, weight, out if total is None else total, out, rstd, width, eps,
+                RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(width),
+            )  # fmt: skip
+        ctx.save_for_backward(x if total is None else total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return out, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: FunctionCtx, upstream: Tensor | None, d_total: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
         x, weight, rstd = ctx.saved_tensors
         rows, width = rstd.shape[0], x.shape[-1]
+        if upstream is None:  # only the sum was used
+            return d_total, None, None, d_total
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if rows == 0:
-            return dx, torch.zeros_like(weight), None
+            return dx, torch.zeros_like(weight), None, dx if ctx.needs_input_grad[3] else None
         share = triton.cdiv(rows, PARTIALS)
         programs = triton.cdiv(rows, share)
         dw = torch.empty(programs, width, dtype=rstd.dtype, device=x.device)
+        upstream = upstream.contiguous()
         _norm_backward[(programs,)](
-            x, weight, rstd, upstream.contiguous(), dx, dw, rows, width, share, BLOCK=triton.next_power_of_2(width)
-        )
-        return dx, dw.sum(0).to(weight.dtype), None
+            x, weight, rstd, upstream, upstream if d_total is None else d_total.contiguous(), dx, dw, rows, width,
+            share, SUMMED=d_total is not None, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+        return dx, dw.sum(0).to(weight.dtype), None, dx if ctx.needs_input_grad[3] else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H], weight [H] -> [..., H]."""
-    return _RmsNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x, residual [..., H] of one dtype, weight [H] -> (norm [..., H], x + residual or None)."""
+    return _RmsNorm.apply(x, weight, eps, residual)
 
 
 @triton.jit
