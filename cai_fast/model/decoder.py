@@ -35,15 +35,15 @@ class PackedBatch(Protocol):
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
+    """x / rms(x) * weight over the last dimension; with a residual (norm of x + residual, x + residual)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Linear(nn.Linear):
@@ -103,8 +103,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # The second sum is not left to the next layer's norm: a layer would then take and give two tensors [T, H], and
+        # recomputation keep both, to save one pass over one of them.
+        normal, x = self.post_attention_layernorm(x, self.self_attn(self.input_layernorm(x), cos, sin, attend))
+        return x + self.mlp(normal)
 
 
 class Trunk(nn.Module):
