@@ -162,8 +162,9 @@ def main_grad_of(hidden: Tensor, weight: Tensor, wanted: bool) -> Tensor | None:
     """`weight.main_grad`, checked, where the caller set one and a gradient is wanted.
 
     It is a [V, H] buffer of the precision in which gradients are summed (fp32; fp64 where an operand is fp64), on the
-    weight's device, to which the weight's gradient is added; autograd then gets None. The caller sets it only on an
-    unsharded weight, outside recomputed regions, and clears it himself.
+    weight's device, to which the weight's gradient through the head is added; autograd then gets None for it, while
+    that of other uses, such as a tied embedding, still goes to weight.grad. The caller sets it only on an unsharded
+    weight, outside recomputed regions, and clears it.
     """
     main_grad = getattr(weight, "main_grad", None) if wanted else None
     if main_grad is None:

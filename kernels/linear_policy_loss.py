@@ -34,7 +34,7 @@ class PolicyLoss(NamedTuple):
     """Unscaled weighted sums (scalars on the device): STATS; `clipped` counts rows whose gradient clipping removed,
     `count` is the sum of weights."""
     logprob: Tensor
-    """[N] detached log-probabilities of the targets; 0 for rows that were left out."""
+    """[N] detached log-probabilities of the targets; 0 for rows that do not count."""
 
 
 class Rows(NamedTuple):
@@ -147,8 +147,8 @@ def linear_policy_loss(
     only the hidden states of rows that do not count must then be finite.
 
     The ratio r = exp(logprob - old_logprob) is exactly 1 when old_logprob is linear_logprob's with the same backend,
-    temperature and weights: on CPU always, on CUDA if that call saw the same rows in the same order and no row was
-    dropped here, which without `weights` none is (see common.logit_chunks).
+    temperature, hidden states and head: on CPU always; on CUDA if that call saw the same rows in the same order and no
+    row was dropped here, which without `weights` none is (see common.logit_chunks).
 
     With `weight.main_grad` set (see common.main_grad_of) the weight's gradient is added to it in the forward, and the
     loss must be differentiated exactly once, with an upstream gradient of 1: put factors into `scale`.

@@ -65,6 +65,12 @@ def _norm_backward(
     tl.store(dw_out + tl.program_id(0) * width + column, dw, mask=inside)
 
 
+def _row(width: int) -> dict[str, int]:
+    """Launch options of a program that holds one row: 16 elements a thread, up to 16 warps."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+
+
 class _RmsNorm(torch.autograd.Function):
     """(norm, None) of x, or (norm, sum) of x + residual, whose gradients arrive together and leave as one."""
 
@@ -82,7 +88,7 @@ class _RmsNorm(torch.autograd.Function):
         if rows:
             _norm_forward[(rows,)](
                 x, x if residual is None else residual, weight, out if total is None else total, out, rstd, width, eps,
-                RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(width),
+                RESIDUAL=residual is not None, **_row(width),
             )  # fmt: skip
         ctx.save_for_backward(x if total is None else total, weight, rstd)
         ctx.set_materialize_grads(False)
@@ -106,7 +112,7 @@ class _RmsNorm(torch.autograd.Function):
         upstream = upstream.contiguous()
         _norm_backward[(programs,)](
             x, weight, rstd, upstream, upstream if d_total is None else d_total.contiguous(), dx, dw, rows, width,
-            share, SUMMED=d_total is not None, BLOCK=triton.next_power_of_2(width),
+            share, SUMMED=d_total is not None, **_row(width),
         )  # fmt: skip
         return dx, dw.sum(0).to(weight.dtype), None, dx if ctx.needs_input_grad[3] else None
 

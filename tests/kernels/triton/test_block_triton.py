@@ -98,6 +98,22 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         test_forward_and_backward_are_as_exact_as_torch(*OPERATIONS[1], torch.float32)
 
 
+def norm_cases() -> list[Case]:
+    """Without and with a residual, in the launches' own blocks and warps."""
+    half = dict.fromkeys
+    forward = half(("x", "residual", "weight", "total_out", "out"), "*bf16") | {"rstd_out": "*fp32"}
+    forward |= {"width": "i32", "eps": "fp32"}
+    backward = half(("x", "weight", "upstream", "d_total", "dx_out"), "*bf16")
+    backward |= half(("rstd_in", "dw_out"), "*fp32") | half(("rows", "width", "share"), "i32")
+    cases = []
+    for width, used in ((4096, False), (8192, True)):
+        options = kernel._row(width)
+        for name, signature, flag in (("forward", forward, "RESIDUAL"), ("backward", backward, "SUMMED")):
+            constants = {flag: used, "BLOCK": options["BLOCK"]}
+            cases.append(Case(f"block:_norm_{name}", signature, constants, options["num_warps"], aligned=("width",)))
+    return cases
+
+
 def test_sm_90(tmp_path) -> None:
     half = dict.fromkeys
     strides = ("x_token", "x_head", "table_token")
@@ -107,6 +123,7 @@ def test_sm_90(tmp_path) -> None:
     glu_forward = half(("gate", "up", "out"), "*bf16") | {"total": "i32"}
     glu_backward = half(("gate", "up", "upstream", "d_gate", "d_up"), "*bf16") | {"total": "i64"}
     cases = [
+        *norm_cases(),
         Case("block:_rotate", rotate, options, aligned=("half", *strides)),
         Case("block:_swiglu_forward", glu_forward, flat),
         Case("block:_swiglu_backward", glu_backward, flat),

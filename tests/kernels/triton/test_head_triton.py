@@ -8,6 +8,7 @@ import torch
 from cai_fast.kernels import common, linear_cross_entropy, linear_kl, linear_logprob, linear_policy_loss
 from cai_fast.kernels.triton import head as heads
 from cai_fast.kernels.triton import rows as kernels
+from cai_fast.kernels.triton import sums
 from guarded import guarded
 from mutants import mutant
 from sm90 import Case, check, compile_all
@@ -309,9 +310,18 @@ def row_cases() -> list[Case]:
     ]
 
 
+def sum_cases() -> list[Case]:
+    results = {"loss": "*fp32", "stats": "*fp32"}
+    rows = {"outputs": "*fp32", "weights": "*fp32"} | results | {"n": "i32", "stride": "i32"}
+    return [
+        Case("sums:_policy_sums", rows, {"ROWS": sums.ROWS}),
+        Case("sums:_merge", {"partials": "*fp32"} | results | {"blocks": "i32"}, {"MERGED": sums.MERGED}),
+    ]
+
+
 def test_sm_90(tmp_path: Path) -> None:
-    for report in compile_all(row_cases(), tmp_path):
+    for report in compile_all(row_cases() + sum_cases(), tmp_path):
         check(report)
-        if report.sass is not None:
+        if report.sass is not None and report.case["kernel"].startswith("rows:"):
             assert report.sass.count("LDG.E.128") >= 4, "a vocabulary divisible by 16 is read 16 bytes at a time"
             assert report.count("BAR") >= 1

