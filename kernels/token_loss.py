@@ -28,13 +28,13 @@ class ForwardGradient(torch.autograd.Function):
     """A scalar loss whose forward forms its gradients, for an upstream gradient of 1.
 
     With `weight.main_grad` the forward adds the weight's gradient there, where nothing can scale it afterwards: the
-    backward then insists, without a host synchronisation, on an upstream gradient of 1, and on running once.
+    backward then insists, without a host synchronisation, on an upstream gradient of 1 (RuntimeError on the CPU, a
+    device-side assertion on CUDA), and on running once.
     """
 
     @staticmethod
     def keep(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, grads: HeadGrad, main_grad: Tensor | None) -> None:
         """What the backward needs, kept at the end of the forward."""
-        ctx.set_materialize_grads(False)  # or zeros would be made for the results that have no gradient
         ctx.d_hidden, ctx.d_weight = grads.hidden, grads.weight_sum()
         ctx.dtypes, ctx.in_main_grad, ctx.done = (hidden.dtype, weight.dtype), main_grad is not None, False
 
