@@ -72,8 +72,9 @@ def fit(
     """
     plan = batches(task, settings)
     optimizer = Optimizer.adamw(
-        model.named_parameters(), settings.lr, weight_decay=settings.weight_decay, moments=settings.moments
-    )
+        model.named_parameters(), settings.lr, weight_decay=settings.weight_decay, moments=settings.moments,
+        head=model.head_weight if model.head == "lm" else None,
+    )  # fmt: skip
     start = _restore(model, optimizer, state_dir)
     if start < len(plan):  # else later fits of this stage may have logged already
         log.truncate(stage, first_step + start)

@@ -70,6 +70,8 @@ def _collect(gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None
 
     def take(parameter: Tensor) -> None:
         grad, held = parameter.grad, gradients.get(name)
+        if grad is None:  # what was used gave its gradient to main_grad
+            return
         gradients[name] = grad if held is None else held.float().add_(grad)
         parameter.grad = None
 
@@ -80,10 +82,14 @@ class SplitAdamW(torch.optim.Optimizer):
     """AdamW of bf16 parameters: kernels.adamw_step on (parameter, 16-bit remainder), which are the fp32 weights.
 
     It holds the gradients too, since `.grad` would have to be bf16: the first since the last step as autograd gives
-    it, and the fp32 sum from the second on. So a step of one micro-batch never has an fp32 gradient.
+    it, and the fp32 sum from the second on. So a step of one micro-batch never has an fp32 gradient; only that of
+    `head`, the output head's weight, is always summed in fp32, because the losses form it so (its `main_grad`).
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], groups: list[dict[str, Any]], moments: torch.dtype) -> None:
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], groups: list[dict[str, Any]], moments: torch.dtype,
+        head: nn.Parameter | None = None,
+    ) -> None:  # fmt: skip
         """groups: as torch.optim.AdamW's with lr, betas, weight_decay and eps; moments: dtype of their state."""
         super().__init__(groups, {})
         self.gradients: dict[str, Tensor] = {}
@@ -93,6 +99,8 @@ class SplitAdamW(torch.optim.Optimizer):
         self._moments = moments
         for name, parameter in named.items():
             parameter.register_post_accumulate_grad_hook(_collect(self.gradients, name))
+            if parameter is head:
+                self.gradients[name] = parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -114,6 +122,8 @@ class SplitAdamW(torch.optim.Optimizer):
                     lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
                     step=step, clip=self.clip, key=rng.key(0, "adamw", name, step),
                 )  # fmt: skip
+                if hasattr(p, "main_grad"):
+                    self.gradients[name] = p.main_grad.zero_()
 
 
 class Optimizer:
@@ -128,10 +138,11 @@ class Optimizer:
 
     @classmethod
     def adamw(cls, named: Named, lr: float, *, weight_decay: float = 0.0, betas: tuple[float, float] = BETAS,
-              moments: str = "float32") -> "Optimizer":  # fmt: skip
-        """AdamW; weight decay applies to matrices only. `moments`: dtype of the moments of bf16 parameters."""
+              moments: str = "float32", head: nn.Parameter | None = None) -> "Optimizer":  # fmt: skip
+        """AdamW; weight decay applies to matrices only. `moments`: dtype of the moments of bf16 parameters; `head`: the
+        weight that the losses of kernels/ take, whose gradient, if it is bf16, they sum in fp32 themselves."""
         optimizer = cls(named)
-        optimizer._add_adamw(list(optimizer._params), lr, weight_decay, betas, moments)
+        optimizer._add_adamw(list(optimizer._params), lr, weight_decay, betas, moments, head)
         return optimizer
 
     @classmethod
@@ -151,7 +162,7 @@ class Optimizer:
         return optimizer
 
     def _add_adamw(self, names: Sequence[str], lr: float, weight_decay: float, betas: tuple[float, float],
-                   moments: str = "float32") -> None:  # fmt: skip
+                   moments: str = "float32", head: nn.Parameter | None = None) -> None:  # fmt: skip
         half = {n: self._params[n] for n in names if self._params[n].dtype == torch.bfloat16}
         full = {n: self._params[n] for n in names if n not in half}
         if any(p.dtype != torch.float32 for p in full.values()):
@@ -162,7 +173,7 @@ class Optimizer:
             self._parts.append((torch.optim.AdamW(groups, **options, fused=True), lr))
         if half:
             groups = [group | options for group in _groups(half.values(), weight_decay)]
-            self._parts.append((SplitAdamW(half, groups, getattr(torch, moments)), lr))
+            self._parts.append((SplitAdamW(half, groups, getattr(torch, moments), head), lr))
 
     @property
     def _split(self) -> list[SplitAdamW]:

@@ -90,7 +90,9 @@ class Ppo:
         self.policy, self.reference, self.critic = policy, reference, critic
         self.settings, self.seed, self.dist = settings, seed, dist
         self.kl_coef = settings.kl_coef
-        self.optimizer = Optimizer.adamw(policy.named_parameters(), settings.lr, moments=moments)
+        self.optimizer = Optimizer.adamw(
+            policy.named_parameters(), settings.lr, moments=moments, head=policy.lm_head_weight
+        )
         self.critic_optimizer = Optimizer.adamw(critic.module.named_parameters(), settings.critic_lr, moments=moments)
 
     def measure(self, examples: Sequence[Example], step: int, offset: int = 0, total: int | None = None) -> Rollouts:

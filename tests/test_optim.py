@@ -101,6 +101,39 @@ def test_one_micro_batch_keeps_the_bf16_gradient_and_two_are_summed_in_fp32() ->
     assert optimizer.gradients["weight"].tolist() == [[1.0, 2.0]], "a step begins anew"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_heads_gradient_is_summed_in_fp32_by_the_losses(tied: bool) -> None:
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(HALF)
+    targets = torch.tensor([0, 1, 2, 2, 1, 0])
+
+    def head() -> nn.Linear:
+        torch.manual_seed(1)
+        return nn.Linear(4, 3, bias=False, dtype=HALF)
+
+    def backward(weight: nn.Parameter) -> None:
+        rows = hidden + weight[targets] if tied else hidden  # an embedding's gradient comes by autograd
+        for part in (slice(0, 1), slice(1, 6)):
+            kernels.linear_cross_entropy(rows[part], weight, targets[part], scale=1 / 6).backward(retain_graph=tied)
+
+    ours, plain, exact = head(), head(), head().double()
+    optimizer = Optimizer.adamw(ours.named_parameters(), 0.1, head=ours.weight)
+    other = Optimizer.adamw(plain.named_parameters(), 0.1)
+    rows = hidden.double() + exact.weight[targets] if tied else hidden.double()
+    torch.nn.functional.cross_entropy(rows @ exact.weight.t(), targets).backward()
+    for _ in range(2):  # the second time after a step
+        backward(ours.weight)
+        backward(plain.weight)
+        grad = optimizer.gradients["weight"]
+        assert grad.dtype == torch.float32 and grad is ours.weight.main_grad and ours.weight.grad is None
+        errors = [float((o.gradients["weight"] - exact.weight.grad).norm()) for o in (optimizer, other)]
+        assert errors[0] < (0.01 if tied else 1e-6) and errors[0] < errors[1] < 0.05
+        for o, module in ((optimizer, ours), (other, plain)):
+            o.clip(1.0)
+            o.step()
+            module.weight.data.copy_(head().weight)
+        assert not optimizer.gradients["weight"].any()
+
+
 def test_what_a_bf16_weight_holds() -> None:
     model = nn.Linear(8, 8, bias=False, dtype=HALF)
     sizes = {}
