@@ -183,8 +183,27 @@ def adamw(scale: str, device: torch.device) -> Contest:
         return {"weights": wide.detach()}
 
     return Contest(
-        "adamw", f"{count} parameters", [None], works, baseline="copy", bytes=26.0 * count, results=results,
+        "adamw_step", f"{count} parameters", [None], works, baseline="copy", bytes=26.0 * count, results=results,
         exact=exact if count < 2**24 else None,
+    )  # fmt: skip
+
+
+def gradient_norm(scale: str, device: torch.device) -> Contest:
+    """The norm of a model's gradients in bf16: 64 matrices of one size."""
+    count = PARAMETERS[scale] // 64
+
+    def make(seed: int) -> list[Tensor]:
+        g = torch.Generator(device).manual_seed(seed)
+        return list(torch.randn(64, count, generator=g, device=device).bfloat16().unbind())
+
+    works: dict[str, Work] = {
+        "copy": copying(128.0 * count, device),
+        OURS: lambda x: {"norm": kernels.gradient_norm(x)},
+        "torch get_total_norm, in bf16": lambda x: {"norm": torch.nn.utils.get_total_norm(x)},
+    }
+    return Contest(
+        "gradient_norm", f"64 x {count}", [make(s) for s in range(2)], works, baseline="copy", bytes=128.0 * count,
+        exact=lambda x: {"norm": torch.stack(x).double().norm()},
     )  # fmt: skip
 
 
@@ -194,3 +213,4 @@ def contests(scale: str, device: torch.device, *, compile: bool = True) -> Itera
     yield rope(scale, device, compile)
     yield swiglu(scale, device, compile)
     yield adamw(scale, device)
+    yield gradient_norm(scale, device)

@@ -116,34 +116,34 @@ def _exact(op: str, x: HeadInput) -> Outputs:
     def loss(h: Tensor, w: Tensor, part: slice) -> Outputs:
         z = _log_softmax(h, w)
         logprob = z.gather(1, x.targets[part, None])[:, 0]
-        if op == "logprob":
+        if op == "linear_logprob":
             return {"logprob": logprob, "entropy": -(z.exp() * z).sum(-1)}
-        if op == "cross entropy":
+        if op == "linear_cross_entropy":
             return {"loss": -logprob.sum() * x.scale}
-        if op == "exact KL":
+        if op == "linear_kl":
             q = _log_softmax(x.ref_hidden[part].double(), w.detach())
             return {"loss": (z.exp() * (z - q)).sum() * x.scale}
         rows = x._replace(old=x.old[part], advantage=x.advantage[part], ref=x.ref[part])
         return {"loss": peers.ppo(logprob, rows), "entropy": -(z.exp() * z).sum().detach()}
 
-    return exact_by_rows(loss, x.hidden, x.weight, "" if op == "logprob" else "loss")
+    return exact_by_rows(loss, x.hidden, x.weight, "" if op == "linear_logprob" else "loss")
 
 
 def _operations() -> dict[str, tuple[int, Work, Work, dict[str, Callable[[], Work]]]]:
     """Operation -> (matrix products, ours, eager, candidates of other people)."""
     return {
-        "cross entropy": (3, _cross_entropy, peers.eager_cross_entropy, {
+        "linear_cross_entropy": (3, _cross_entropy, peers.eager_cross_entropy, {
             "torch linear_cross_entropy": peers.torch_cross_entropy, "Liger": peers.liger_cross_entropy,
             "cut-cross-entropy": peers.cce_cross_entropy,
         }),
-        "policy loss": (3, _policy, peers.eager_policy, {
+        "linear_policy_loss": (3, _policy, peers.eager_policy, {
             "TRL log-softmax": peers.trl_policy, "cut-cross-entropy": peers.cce_policy,
         }),
-        "logprob": (1, _logprob, peers.eager_logprob, {
+        "linear_logprob": (1, _logprob, peers.eager_logprob, {
             "cai_fast, tiled": lambda: _tiled, "cai_fast, one kernel": _one_kernel,
             "TRL log-softmax": peers.trl_logprob, "cut-cross-entropy": peers.cce_logprob,
         }),
-        "exact KL": (4, _kl, peers.eager_kl, {}),
+        "linear_kl": (4, _kl, peers.eager_kl, {}),
     }  # fmt: skip
 
 

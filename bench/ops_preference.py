@@ -4,6 +4,7 @@ All are bound by memory traffic or by launches: the unit is a copy of the bytes 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -150,9 +151,36 @@ def gae(size: str, shape: tuple[int, int], device: torch.device, compile: bool) 
     )  # fmt: skip
 
 
+def policy_statistics(size: str, rows: int, device: torch.device, compile: bool) -> Contest:
+    """The weighted sums that linear_policy_loss returns, from its rows' numbers: on a GPU one or two launches."""
+
+    def make(seed: int) -> tuple[Tensor, Tensor]:
+        g = _generator(device, seed)
+        return torch.randn(8, rows, generator=g, device=device), torch.rand(rows, generator=g, device=device)
+
+    def eager(x: tuple[Tensor, Tensor]) -> Outputs:
+        _, _, entropy, loss, pg, kl, clipped, ratio = x[0].unbind()
+        each = torch.stack((pg, kl, clipped, ratio, ratio.square(), entropy, torch.ones_like(ratio)))
+        return {"loss": loss.sum(), "stats": (each * x[1]).sum(1)}
+
+    def ours(x: tuple[Tensor, Tensor]) -> Outputs:
+        from cai_fast.kernels.triton.sums import policy_sums
+
+        loss, stats = policy_sums(*x)
+        return {"loss": loss, "stats": stats}
+
+    works: dict[str, Work] = {OURS: ours} if device.type == "cuda" else {}
+    contest = _contest(
+        "policy statistics", size, [make(s) for s in range(2)], works, rows * 28.0, device, eager=eager,
+        exact=lambda x: eager((x[0].double(), x[1].double())), compile=compile,
+    )  # fmt: skip
+    return contest if works else replace(contest, absent={OURS: "part of the loss itself but on a GPU"})
+
+
 def contests(scale: str, device: torch.device, *, compile: bool = True) -> Iterator[Contest]:
     """Contests at the sizes of `scale` (tiny, cpu, gpu)."""
     for make in (score_options, preference_labels, preference_loss):
         yield make(scale, device, compile)
     for size, shape in ROLLOUTS[scale].items():
         yield gae(size, shape, device, compile)
+        yield policy_statistics(f"{shape[0] * shape[1]} tokens", shape[0] * shape[1], device, compile)

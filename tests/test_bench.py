@@ -13,9 +13,16 @@ from bench import ops, ops_head
 from bench.contest import OURS, Absent, Contest, errors, gather, measure, table
 from bench.gpu_suite import sections
 from bench.measure import extra_memory, interleaved
+from cai_fast import kernels
 
 CPU = torch.device("cpu")
 FP32_ERROR = 1e-4  # sums over a few dozen rows
+OPERATIONS = {
+    "head": {"linear_cross_entropy", "linear_policy_loss", "linear_logprob", "linear_kl"},
+    "preference": {"score_options", "preference_labels", "preference_loss", "gae", "policy statistics"},
+    "decode": {"paged_attention", "merge_attention", "sample_tokens", "sample_tokens top-p"},
+    "block": {"rms_norm", "rms_norm + residual", "rope", "swiglu", "adamw_step", "gradient_norm"},
+}
 LEFT_OUT = {"cut-cross-entropy", "Liger", "TRL log-softmax", "cai_fast, one kernel"}  # not installed, or no GPU
 
 
@@ -31,19 +38,25 @@ def test_the_gpu_suite_without_a_gpu_says_so_and_succeeds() -> None:
 
 @pytest.mark.parametrize("group", ops.GROUPS)
 def test_all_contestants_agree_with_fp64(group: str) -> None:
-    seen = 0
+    seen = set()
     for contest in ops.GROUPS[group].contests("tiny", CPU, compile=False):
         result = measure(contest, CPU, 0.0, rounds=1)
-        assert not set(result["missing"]) - LEFT_OUT, result["missing"]
+        assert not set(result["missing"]) - LEFT_OUT - ({OURS} if contest.op == "policy statistics" else set())
         assert result["contestants"][contest.baseline]["ratio"] == 1
         assert contest.flops + contest.bytes > 0
         for name, row in result["contestants"].items():
-            bound = 0.02 if "bf16" in name else FP32_ERROR
+            bound = 0.05 if "bf16" in name else FP32_ERROR
             assert all(error <= bound for error in row["errors"].values()), (contest.name, name, row["errors"])
-        assert contest.exact is None or result["contestants"][OURS]["errors"], contest.name
-        assert contest.name.startswith("sample_tokens") or contest.exact is not None
-        seen += 1
-    assert seen >= 4
+        if OURS in result["contestants"]:
+            assert bool(result["contestants"][OURS]["errors"]) != contest.op.startswith("sample_tokens"), contest.name
+        seen.add(contest.op)
+    assert seen == OPERATIONS[group]
+
+
+def test_every_operation_has_a_contest() -> None:
+    public = {name for name in kernels.__all__ if name.islower()}
+    measured = {op.split()[0] for ops in OPERATIONS.values() for op in ops}
+    assert public - measured == {"philox_uniform", "split_master", "join_master"}
 
 
 def test_a_wrong_contestant_shows() -> None:
