@@ -11,6 +11,10 @@ from bench.contest import OURS
 MARKERS = "osD^vPX<>h*"
 
 
+def _relative(result: dict[str, Any], name: str) -> float:
+    return result["contestants"][name]["median"] / result["contestants"][OURS]["median"]
+
+
 def draw(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """One line per contest, one mark per contestant at time / our time; equal numbers give an equal SVG."""
     matplotlib.use("Agg")
@@ -18,15 +22,16 @@ def draw(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     results = [r for r in results if OURS in r["contestants"]][::-1]
-    names = sorted({name for r in results for name in r["contestants"]} - {OURS})
+    units = {r["baseline"] for r in results}
+    names = sorted({name for r in results for name in r["contestants"]} - {OURS} - units)
     with matplotlib.rc_context({"svg.hashsalt": "cai_fast", "font.size": 9, "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(figsize=(10, 1.6 + 0.32 * len(results)), layout="constrained")
+        floors = [(_relative(r, r["baseline"]), y) for y, r in enumerate(results)]
+        axes.scatter(
+            *zip(*floors, strict=True), marker="|", color="gray", label="bare matrix products, or a copy", s=120
+        )
         for number, name in enumerate(names):
-            points = [
-                (r["contestants"][name]["median"] / r["contestants"][OURS]["median"], y)
-                for y, r in enumerate(results)
-                if name in r["contestants"]
-            ]
+            points = [(_relative(r, name), y) for y, r in enumerate(results) if name in r["contestants"]]
             axes.scatter(
                 *zip(*points, strict=True), marker=MARKERS[number % len(MARKERS)], color=f"C{number}", label=name,
                 s=34, zorder=3,
