@@ -1,0 +1,149 @@
+"""python -m bench.bench_feedback [--rounds 5] [--only TEXT]: AI feedback by cai_fast and by the best
+straightforward use of transformers.
+
+Judging: comparisons x principles x both orders, the probability of one of two answer tokens after each question.
+cai_fast scores a tree per comparison (conversation, principle, order: each shared token is computed once); transformers
+runs left-padded batches of questions sorted by length and makes the logits of the last position only.
+
+Lengths come from workloads.json; the bound of a gain is the ratio of the tokens that either side must process.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.bench_engine import models, prompts_of, workloads
+from bench.contest import OURS, Contest, Outputs, measure, table
+from bench.environment import RESULTS, environment
+from cai_fast.engine import Engine, Tree
+from cai_fast.model import Model
+
+STRAIGHT = "padded, sorted, last logit"
+OPTIONS = (5, 6)  # the two answer tokens
+BATCH = 32
+PRINCIPLES = (1, 4, 16)
+
+
+class Question:
+    """Token ids of one comparison: the parts of its questions."""
+
+    def __init__(self, conversation: list[int], responses: list[list[int]], glue: list[int]) -> None:
+        self.conversation, self.responses, self.glue = conversation, responses, glue
+
+    def orders(self) -> list[list[int]]:
+        """What follows the principle in either order."""
+        first, second = self.responses
+        return [[*first, *second, *self.glue], [*second, *first, *self.glue]]
+
+
+def questions(vocab: int, limit: int) -> tuple[list[Question], list[list[int]]]:
+    """(comparisons, principles) of the workload, with random tokens."""
+    load = workloads()["judge"]
+    conversations = prompts_of(load["conversation_tokens"][:limit], vocab, 1)
+    responses = [prompts_of(pair, vocab, 100 + i) for i, pair in enumerate(load["response_tokens"][:limit])]
+    glue = prompts_of([load["glue_tokens"]], vocab, 2)[0]
+    asked = [Question(c, r, glue) for c, r in zip(conversations, responses, strict=True)]
+    return asked, prompts_of(load["principle_tokens"], vocab, 3)
+
+
+def flat(asked: list[Question], principles: list[list[int]], last: bool) -> list[list[int]]:
+    """Every question as one prompt; `last`: the principle follows the responses."""
+    prompts = []
+    for q in asked:
+        if last:
+            prompts += [[*q.conversation, *order, *p] for order in q.orders() for p in principles]
+        else:
+            prompts += [[*q.conversation, *p, *order] for p in principles for order in q.orders()]
+    return prompts
+
+
+def trees(asked: list[Question], principles: list[list[int]], last: bool) -> list[Tree]:
+    """The same questions as one tree per comparison, leaves in the order of `flat`."""
+    made = []
+    for q in asked:
+        if last:
+            children = [Tree(order, [Tree(p) for p in principles]) for order in q.orders()]
+        else:
+            children = [Tree(p, [Tree(order) for order in q.orders()]) for p in principles]
+        made.append(Tree(q.conversation, children))
+    return made
+
+
+def tree_tokens(tree: Tree) -> int:
+    return len(tree.token_ids) + sum(tree_tokens(child) for child in tree.children)
+
+
+def straightforward(model: Any, prompts: list[list[int]]) -> Callable[[Any], Outputs]:
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    options = torch.tensor(OPTIONS, device=model.device)
+
+    @torch.no_grad()
+    def work(_: Any) -> Outputs:
+        result = torch.empty(len(prompts), 2)
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            width = max(len(prompts[i]) for i in rows)
+            ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
+            mask = mask.to(model.device)
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+            result[rows] = out.logits[:, -1, options].float().log_softmax(-1).cpu()
+        return {"logprob": result}
+
+    return work
+
+
+def tree_scores(engine: Engine, items: list[Tree]) -> Callable[[Any], Outputs]:
+    options = torch.tensor(OPTIONS)[:, None]
+    return lambda _: {"logprob": engine.score(items, options).cpu()}
+
+
+def judging(model: Model, theirs: Any, comparisons: int) -> Iterator[Contest]:
+    asked, principles = questions(model.config.vocab_size, comparisons)
+    engine = Engine(model, max_batch=1, max_len=4096, deterministic=model.device.type == "cpu")
+    for count in PRINCIPLES:
+        for last in (False, True):
+            prompts, items = flat(asked, principles[:count], last), trees(asked, principles[:count], last)
+            tokens, shared = sum(map(len, prompts)), sum(tree_tokens(tree) for tree in items)
+            where = "last" if last else "first"
+            yield Contest(
+                "judging", f"{len(asked)} x {count} principles x 2 orders, principle {where}, {tokens / shared:.3f}",
+                [None], {STRAIGHT: straightforward(theirs, prompts), OURS: tree_scores(engine, items)}, STRAIGHT,
+                exact=lambda _, p=prompts: {n: v.double() for n, v in straightforward(theirs, p)(None).items()},
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_feedback", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="contests whose name contains this text")
+    parser.add_argument("--comparisons", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    report = {**environment(), "contests": []}
+    path = options.out / f"feedback-{report['device'] if device.type == 'cuda' else 'cpu'}.json".replace(" ", "_")
+    with tempfile.TemporaryDirectory() as folder:
+        model, theirs = models(workloads()["model"], Path(folder), device)
+        for contest in judging(model, theirs, options.comparisons):
+            if options.only not in contest.name:
+                continue
+            result = measure(contest, device, float("inf"), rounds=options.rounds, memory=False)
+            times = {name: row["median"] for name, row in result["contestants"].items()}
+            result["gain"], result["bound"] = times[STRAIGHT] / times[OURS], float(contest.size.rpartition(" ")[2])
+            report["contests"].append(result)
+            print(table(result), flush=True)
+            print(f"gain {result['gain']:.2f} of {result['bound']:.2f} that the token counts allow", flush=True)
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
