@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .common import accumulate_dtype, lazy_triton, select
+from .common import accumulate_dtype, differentiates, lazy_triton, select
 
 
 def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -14,14 +14,20 @@ def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor 
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype), x
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of x, 1 / rms)."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).to(x.dtype) * weight, rstd
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(accumulate_dtype(x.dtype))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rstd = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype) * weight
+        return out
 
     @staticmethod
     @once_differentiable
@@ -41,7 +47,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _rms_norm_chunked(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     x = x if residual is None else x + residual
-    return _RmsNorm.apply(x, weight, eps), x
+    return _RmsNorm.apply(x, weight, eps) if differentiates(x, weight) else _normed(x, weight, eps)[0], x
 
 
 _RMS_NORM = {"reference": _rms_norm_reference, "chunked": _rms_norm_chunked, "triton": lazy_triton("block", "rms_norm")}
@@ -92,7 +98,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate_chunked(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Rope.apply(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if differentiates(x) else _rotated(x, cos, sin)
 
 
 _ROPE = {"reference": _rotate_reference, "chunked": _rotate_chunked, "triton": lazy_triton("block", "rotate")}
@@ -113,15 +119,20 @@ def _swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-class _SwiGlu(torch.autograd.Function):
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
     """CPU only. torch's own silu rounds differently in the tail of a thread's share, so that a row would depend on the
-    rows around it; torch.exp does not. Gradients mix all rows anyway and take torch's."""
+    rows around it; torch.exp does not."""
+    wide = gate.to(accumulate_dtype(gate.dtype))
+    return wide.neg().exp_().add_(1).reciprocal_().mul_(wide).mul_(up).to(gate.dtype)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """`_gated`; gradients mix all rows anyway and take torch's silu."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        wide = gate.to(accumulate_dtype(gate.dtype))
-        return wide.neg().exp_().add_(1).reciprocal_().mul_(wide).mul_(up).to(gate.dtype)
+        return _gated(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +142,9 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _swiglu_chunked(gate: Tensor, up: Tensor) -> Tensor:
-    return _SwiGlu.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
+    if gate.device.type != "cpu":
+        return F.silu(gate) * up
+    return _SwiGlu.apply(gate, up) if differentiates(gate, up) else _gated(gate, up)
 
 
 _SWIGLU = {"reference": _swiglu_reference, "chunked": _swiglu_chunked, "triton": lazy_triton("block", "swiglu")}

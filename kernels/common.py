@@ -75,6 +75,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def differentiates(*tensors: Tensor) -> bool:
+    """Whether autograd will record: an autograd.Function costs more than a small tensor's operations, so inference on a
+    CPU goes without."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def check_head(op: str, hidden: Tensor, weight: Tensor, **rows: Tensor | None) -> None:
     """Raise ValueError unless hidden is [N, H], weight [V, H] and every named row tensor [N]."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
