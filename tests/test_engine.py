@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import byte_tokenizer
 
-from cai_fast.engine import Completion, Engine, Sampling
+from cai_fast.engine import Completion, Engine, Sampling, trunk
 from cai_fast.errors import InputError
 from cai_fast.model import Model, ModelConfig, init_random
 from cai_fast.tokenizer import Tokenizer
@@ -318,3 +318,26 @@ def test_ten_thousand_requests_leave_no_slot_behind() -> None:
     assert runner.counters["generated_tokens"] == sum(len(c.token_ids) for c in found)
     for i in range(0, 10_000, 997):
         assert runner.generate([prompts[i]], sampling[i], keys=[i]) == [found[i]]
+
+
+def test_few_rows_are_padded_only_as_far_as_this_machine_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = frozenset({(48, VOCAB), (100, 48)})
+
+    def multiple() -> int:
+        trunk.row_multiple.cache_clear()
+        return trunk.row_multiple(shapes, torch.float32, torch.get_num_threads())
+
+    found, linear = multiple(), F.linear
+    assert found in (4, 8, 16, 32)
+    for width, out in shapes:
+        x, weight = torch.randn(32, width), torch.randn(out, width)
+        for rows in range(found, 32, found):
+            assert torch.equal(linear(x[:rows], weight), linear(x, weight)[:rows])
+    # Where the number of rows matters below 12, as if another kernel took over, 4 and 8 are not enough.
+    monkeypatch.setattr(trunk.F, "linear", lambda x, w: linear(x, w) * (1 + 1e-6 * (len(x) < 12)))
+    assert multiple() == 16
+    monkeypatch.setattr(trunk.F, "linear", lambda x, w: linear(x, w) * (1 + 1e-6 * (len(x) % 32)))
+    assert multiple() == 32
+    monkeypatch.setattr(trunk, "PROBED", 10)
+    assert multiple() == 32
+    trunk.row_multiple.cache_clear()

@@ -1,10 +1,11 @@
 """Forward passes of the model for the engine: row padding, cached contexts, last rows, work counters."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cai_fast.engine.attend import BLOCK, ContextAttend, DecodeAttend, Store, StoringAttend
 from cai_fast.engine.cache import SlotCache, round_up
@@ -14,6 +15,7 @@ from cai_fast.model.attention import packed_causal
 
 # As in model.decoder.Linear: MKL splits longer sums between threads, in a way that depends on the number of rows.
 WIDE = 512
+PROBED = 20_000_000  # weights of the distinct shapes together, beyond which trying costs more than it can save
 COUNTERS = (
     "trunk_tokens",
     "padding_tokens",
@@ -25,16 +27,46 @@ COUNTERS = (
 )
 
 
+@cache
+def row_multiple(shapes: frozenset[tuple[int, int]], dtype: torch.dtype, threads: int) -> int:
+    """The smallest number such that this CPU rounds every row of a GEMM alike, be it one of any multiple of it up to
+    BLOCK rows; BLOCK if no smaller one does, or if finding out would take long.
+
+    shapes: (in, out) of the GEMMs' weights. The library decides by the CPU, the shapes and the threads, so it is tried:
+    with one thread of AVX2, for example, 4 rows and more are all alike. Rows of a few requests then cost a few rows.
+    """
+    if sum(a * b for a, b in shapes) > PROBED:
+        return BLOCK
+    g = torch.Generator().manual_seed(0)
+    different: set[int] = set()
+    for width, out in sorted(shapes):
+        x, weight = (torch.randn(n, width, generator=g).to(dtype) for n in (BLOCK, out))
+        whole = F.linear(x, weight)
+        for n in range(4, BLOCK, 4):
+            for part in (slice(0, n), slice(BLOCK - n, BLOCK)):
+                if not torch.equal(F.linear(x[part], weight), whole[part]):
+                    different.add(n)
+    return next(m for m in (4, 8, 16, BLOCK) if not different & set(range(m, BLOCK, m)))
+
+
 class Trunk:
-    """The engine's view of the model. deterministic: every GEMM has a multiple of 32 rows."""
+    """The engine's view of the model. deterministic: on a CPU a GEMM's rows do not depend on their number."""
 
     def __init__(self, model: Model, deterministic: bool) -> None:
         self.model, self.device, self.deterministic = model, model.lm_head_weight.device, deterministic
         self.counters = dict.fromkeys(COUNTERS, 0)
+        self._multiple = BLOCK
+        if deterministic and self.device.type == "cpu":
+            weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [model.lm_head_weight]
+            pieces = {(size, w.shape[0]) for w in weights for size in (min(w.shape[1], WIDE), w.shape[1] % WIDE)}
+            shapes = frozenset(shape for shape in pieces if shape[0])
+            self._multiple = row_multiple(shapes, model.dtype, torch.get_num_threads())
 
     def rows(self, count: int) -> int:
         """Rows that a GEMM on `count` rows is padded to."""
-        return round_up(max(count, 1), BLOCK) if self.deterministic else count
+        if not self.deterministic:
+            return count
+        return round_up(max(count, 1), self._multiple if count < BLOCK else BLOCK)
 
     def tensor(self, values: Sequence[int]) -> Tensor:
         """int64 tensor on the model's device."""
