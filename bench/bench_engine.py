@@ -139,7 +139,7 @@ def continuous_batching(model: Any, prompts: list[list[int]], lengths: list[int]
 
 
 def _both(model: Model, theirs: Any, prompts: list[list[int]], lengths: list[int]) -> dict[str, Callable[[Any], None]]:
-    """The peer promises nothing about bits, so our fast mode is its like; the deterministic mode is the CPU's default."""
+    """The peer promises nothing about bits, so our fast mode is its like; deterministic is the default on a CPU."""
     return {
         GENERATE: generate(theirs, prompts, lengths),
         OURS: ours(model, prompts, lengths),
