@@ -180,6 +180,8 @@ def adamw_step(
     implementation = select("adamw_step", _STEP, backend, param.device)
     if param.numel():
         implementation(param.detach(), remainder, grad.detach(), exp_avg, exp_avg_sq, clip, settings, key)
+        # A kernel's writes go past autograd, whose version counters say whether something was made with these weights.
+        torch.autograd.graph.increment_version((param, remainder, exp_avg, exp_avg_sq))
 
 
 def _check_step(param: Tensor, remainder: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:

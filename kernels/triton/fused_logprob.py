@@ -52,7 +52,7 @@ def _online_rows(z, top, total, spread, scale2):
     keep = tl.exp2((top - new_top) * scale2)
     d = z - new_top[:, None]
     p = tl.exp2(d * scale2)
-    spread = keep * (spread + total * (top - new_top)) + tl.sum(tl.where(p > 0, p * d, 0.0), 1)
+    spread = keep * (spread + total * (top - new_top)) + tl.sum(tl.where(p == 0, 0.0, p * d), 1)
     return new_top, total * keep + tl.sum(p, 1), spread
 
 

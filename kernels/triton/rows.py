@@ -38,13 +38,19 @@ def _exp(x):
 
 
 @triton.jit
+def _bounded(x, low, high):
+    """x in [low, high]; unlike tl.minimum and tl.maximum it keeps a NaN, which must reach the loss."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def _online(z, top, total, spread, scale2):
     """Take a block z into top = max z, total = sum p, spread = sum p (z - top), where p = 2^(scale2 (z - top))."""
     new_top = tl.maximum(top, tl.max(z, 0))
     keep = tl.exp2((top - new_top) * scale2)
     d = z - new_top
     p = tl.exp2(d * scale2)
-    spread = keep * (spread + total * (top - new_top)) + tl.sum(tl.where(p > 0, p * d, 0.0), 0)
+    spread = keep * (spread + total * (top - new_top)) + tl.sum(tl.where(p == 0, 0.0, p * d), 0)
     return new_top, total * keep + tl.sum(p, 0), spread
 
 
@@ -54,17 +60,17 @@ def _policy(logprob, inputs, outputs, n, low, high, kl_coef, has_ref, k3):
     old, advantage = tl.load(inputs), tl.load(inputs + n)
     factor, ref = tl.load(inputs + 2 * n), tl.load(inputs + 3 * n)
     log_ratio = logprob - old
-    ratio = _exp(tl.minimum(tl.maximum(log_ratio, -_LIMIT), _LIMIT))
+    ratio = _exp(_bounded(log_ratio, -_LIMIT, _LIMIT))
     plain = -advantage * ratio
-    bounded = -advantage * tl.minimum(tl.maximum(ratio, low), high)
+    bounded = -advantage * _bounded(ratio, low, high)
     clipped = bounded > plain
-    pg = tl.maximum(plain, bounded)
+    pg = tl.where(clipped, bounded, plain)
     d = tl.where(has_ref != 0, ref - logprob, 0.0)
-    power = _exp(tl.minimum(tl.maximum(d, -_LIMIT), _LIMIT))
+    power = _exp(_bounded(d, -_LIMIT, _LIMIT))
     kl = tl.where(k3 != 0, power - 1.0 - d, d * d * 0.5)
-    slope = tl.where(k3 != 0, 1.0 - tl.where(tl.abs(d) <= _LIMIT, power, 0.0), -d)
+    slope = tl.where(k3 != 0, 1.0 - tl.where(tl.abs(d) > _LIMIT, 0.0, power), -d)
     slope = tl.where(has_ref != 0, slope, 0.0)
-    g = tl.where((tl.abs(log_ratio) <= _LIMIT) & (bounded <= plain), plain, 0.0) + kl_coef * slope
+    g = tl.where((tl.abs(log_ratio) > _LIMIT) | clipped, 0.0, plain) + kl_coef * slope
     tl.store(outputs + 4 * n, pg)
     tl.store(outputs + 5 * n, kl)
     tl.store(outputs + 6 * n, clipped.to(ratio.dtype))
@@ -112,7 +118,7 @@ def _row(
                 d = tl.load(row + at, mask=at < vocab, other=_ABSENT) - top
                 p = tl.exp2(d * scale2) * inv_total
                 weight = s - g - e * (d * inv_t - log_total + entropy)
-                dz = tl.where(p > 0, p * weight, 0.0) + tl.where(at == target, g, 0.0)
+                dz = tl.where(p == 0, 0.0, p * weight) + tl.where(at == target, g, 0.0)
                 # The front of the row is written while its back is still to be read: no thread may store before
                 # all have loaded this block. Later blocks lie beyond what this store reaches.
                 tl.debug_barrier()
@@ -143,7 +149,7 @@ def _kl_row(
         p = tl.exp2(d * scale2)
         # gap = sum p [(z - top) - (y - ref_top)] with each model's own maximum taken off before they are compared
         gap = keep * (gap + total * ((top - new_top) - (ref_top - new_ref_top)))
-        gap += tl.sum(tl.where(p > 0, p * (d - ref_d), 0.0), 0)
+        gap += tl.sum(tl.where(p == 0, 0.0, p * (d - ref_d)), 0)
         total = total * keep + tl.sum(p, 0)
         ref_total = ref_total * tl.exp2((ref_top - new_ref_top) * scale2) + tl.sum(tl.exp2(ref_d * scale2), 0)
         top, ref_top = new_top, new_ref_top
@@ -164,7 +170,7 @@ def _kl_row(
             d = tl.load(row + at, mask=at < vocab, other=_ABSENT) - top
             ref_d = tl.load(ref_row + at, mask=at < vocab, other=_ABSENT) - ref_top
             p = tl.exp2(d * scale2)
-            dz = tl.where(p > 0, p * ((d - ref_d) * inv_t + offset - kl) * factor, 0.0)
+            dz = tl.where(p == 0, 0.0, p * ((d - ref_d) * inv_t + offset - kl) * factor)
             tl.debug_barrier()  # as in _row
             tl.store(grad_row + at, dz.to(grad.dtype.element_ty), mask=at < vocab)
 

@@ -231,3 +231,16 @@ def test_sm_90(tmp_path: Path) -> None:
         check(report)
         if report.sass is not None and "_root" not in report.case["kernel"]:
             assert report.sass.count("LDG.E.128") >= 4, "16 bytes at a time"
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+def test_a_step_counts_as_a_change_of_the_weights(backend: str) -> None:
+    """Whoever made something with the weights, such as cached keys, can see that they are other weights now."""
+    param, remainder = split_master(torch.ones(5))
+    state = [torch.zeros(5), torch.zeros(5)]
+    before = [t._version for t in (param, remainder, *state)]
+    adamw_step(
+        param, remainder, torch.ones(5), *state, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, step=1,
+        backend=backend,
+    )  # fmt: skip
+    assert all(t._version > b for t, b in zip((param, remainder, *state), before, strict=True))
