@@ -48,6 +48,7 @@ def sections() -> dict[str, Callable[[], dict[str, object]]]:
     from bench.gpu_questions import QUESTIONS
 
     device = torch.device("cuda")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in training, for all contestants
 
     def head(size: str, compile: bool) -> Callable[[], dict[str, object]]:
         return lambda: contest_section(ops_head.contests("gpu", device, compile=compile, sizes=[size]), device)

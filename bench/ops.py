@@ -38,6 +38,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in training, for all contestants
     device = torch.device("cuda" if on_gpu else "cpu")
     report = {**environment(), "scale": options.scale, "contests": []}
     path = options.out / f"ops-{report['device'] if on_gpu else 'cpu'}.json".replace(" ", "_")

@@ -154,6 +154,8 @@ def init(device: str = "auto") -> Distributed:
             )
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
+        # Partial sums of a long reduction, such as the head's over the vocabulary, stay in fp32.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if world == 1:
         return Distributed(rank=0, world=1, device=place)
     # Asked for here, not inside init_process_group, because the work counter needs the store as well.

@@ -100,6 +100,7 @@ def fit(
                 _save(model, optimizer, TrainState(step=done, epoch=epoch), state_dir, dist)
             if stop:
                 raise Stopped()
+    optimizer.release()
     return len(plan)
 
 

@@ -65,8 +65,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _collect(gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    """A hook that moves a bf16 parameter's gradient into `gradients`. It outlives the optimizer, so that it must not
-    hold the moments."""
+    """A hook that moves a bf16 parameter's gradient into `gradients`."""
 
     def take(parameter: Tensor) -> None:
         grad, held = parameter.grad, gradients.get(name)
@@ -76,6 +75,15 @@ def _collect(gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None
         parameter.grad = None
 
     return take
+
+
+def _release(parameter: nn.Parameter) -> None:
+    """Undo what an earlier optimizer did to the parameter, which would otherwise take the gradients."""
+    if hasattr(parameter, "gradient_hook"):
+        parameter.gradient_hook.remove()
+        del parameter.gradient_hook
+    if hasattr(parameter, "main_grad"):
+        del parameter.main_grad
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -98,7 +106,8 @@ class SplitAdamW(torch.optim.Optimizer):
         self.names = {parameter: name for name, parameter in named.items()}
         self._moments = moments
         for name, parameter in named.items():
-            parameter.register_post_accumulate_grad_hook(_collect(self.gradients, name))
+            _release(parameter)
+            parameter.gradient_hook = parameter.register_post_accumulate_grad_hook(_collect(self.gradients, name))
             if parameter is head:
                 self.gradients[name] = parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
@@ -225,6 +234,13 @@ class Optimizer:
             part.clip = None
         for p in self._params.values():
             p.grad = None
+
+    def release(self) -> None:
+        """Leave the parameters as they were found, with no gradient taken or held."""
+        for p in self._params.values():
+            _release(p)
+        for part in self._split:
+            part.gradients.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and remainders of bf16 parameters; the tensors are the live ones."""

@@ -134,6 +134,22 @@ def test_the_heads_gradient_is_summed_in_fp32_by_the_losses(tied: bool) -> None:
         assert not optimizer.gradients["weight"].any()
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_a_later_optimizer_gets_the_gradients(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 3, bias=False, dtype=dtype)
+    first = Optimizer.adamw(layer.named_parameters(), 0.1, head=layer.weight)
+    second = Optimizer.adamw(layer.named_parameters(), 0.1)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(2, 4, dtype=dtype)).sum().backward()
+    assert float(second.clip(0)) > 0
+    second.step()
+    assert not torch.equal(layer.weight, before)
+    for optimizer in (first, second):
+        optimizer.release()
+    layer(torch.ones(2, 4, dtype=dtype)).sum().backward()
+    assert layer.weight.grad is not None and not hasattr(layer.weight, "main_grad")
+
+
 def test_what_a_bf16_weight_holds() -> None:
     model = nn.Linear(8, 8, bias=False, dtype=HALF)
     sizes = {}
