@@ -66,17 +66,15 @@ def _step(
     remainder,  # (total) int16
     grad,  # (total) bf16 or fp32
     exp_avg, exp_avg_sq,  # (total) fp32, or int16 if ROUNDED
-    clip,  # (1) fp32, read if CLIP
+    clip,  # (1) fp32
     total, key, mean_weight, square_decay, square_weight, size, root, eps, decay,
-    CLIP: tl.constexpr, ROUNDED: tl.constexpr, QUARTER: tl.constexpr,
+    ROUNDED: tl.constexpr, QUARTER: tl.constexpr,
 ):  # fmt: skip
     """4 QUARTER weights, and the four words of each of the QUARTER counters that are theirs."""
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, QUARTER)
     at = block * (4 * QUARTER) + lane
-    scale = 1.0
-    if CLIP:
-        scale = tl.load(clip)
+    scale = tl.load(clip)
     word_0, word_1, word_2, word_3 = 0, 0, 0, 0
     if ROUNDED:
         counter = block * QUARTER + lane
@@ -103,9 +101,10 @@ def adamw_step(
 ) -> None:  # fmt: skip
     """In place; arguments as cai_fast.kernels.adamw_step's, of at least one element."""
     total = param.numel()
+    clip = torch.ones(1, device=param.device) if clip is None else clip
     _step[(triton.cdiv(total, 4 * QUARTER),)](
-        _bits(param), remainder, grad.contiguous(), _bits(exp_avg), _bits(exp_avg_sq), grad if clip is None else clip,
-        total, key, *factors(settings), CLIP=clip is not None, ROUNDED=exp_avg.dtype == torch.bfloat16,
+        _bits(param), remainder, grad.contiguous(), _bits(exp_avg), _bits(exp_avg_sq), clip,
+        total, key, *factors(settings), ROUNDED=exp_avg.dtype == torch.bfloat16,
         QUARTER=QUARTER,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ SPLIT = 512  # tokens of one program
 EMPTY = tl.constexpr(-1e30)  # the maximum of no score: finite, so that an empty split yields no NaN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _partial(
     query, k_pages, v_pages, table, lengths, acc_out, max_out, sum_out, scale, table_width, head_size,
     q_sequence, q_head, q_column, k_page, k_head, k_token, k_column, v_page, v_head, v_token, v_column,

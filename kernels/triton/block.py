@@ -38,13 +38,14 @@ def _norm_forward(
     tl.store(rstd_out + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def _norm_backward(
     x, weight, rstd_in, upstream, d_total, dx_out, dw_out, rows, width, share,
     SUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`share` rows: their dx, plus x's other gradient d_total where SUMMED, and one partial gradient of weight."""
-    first = tl.program_id(0).to(tl.int64) * share
+    program = tl.program_id(0).to(tl.int64)
+    first = program * share
     column = tl.arange(0, BLOCK)
     inside = column < width
     accumulate: tl.constexpr = rstd_in.dtype.element_ty
@@ -62,7 +63,7 @@ def _norm_backward(
             dx += tl.load(d_total + at, mask=inside, other=0.0).to(accumulate)
         tl.store(dx_out + at, dx.to(dx_out.dtype.element_ty), mask=inside)
         dw += up * normal
-    tl.store(dw_out + tl.program_id(0) * width + column, dw, mask=inside)
+    tl.store(dw_out + program * width + column, dw, mask=inside)
 
 
 def _row(width: int) -> dict[str, int]:

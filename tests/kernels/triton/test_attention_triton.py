@@ -107,6 +107,14 @@ def test_merge_is_as_exact_as_torch(dtype: torch.dtype, shape: tuple[int, ...]) 
         assert all(torch.equal(a, b) for a, b in zip(poisoned, ours, strict=True))
 
 
+def test_a_length_beyond_the_table_counts_the_tables_keys() -> None:
+    g = torch.Generator().manual_seed(3)
+    query, (k, v) = torch.randn(1, 2, 16, generator=g), torch.randn(2, 4, 1, 4, 16, generator=g)
+    table = torch.tensor([[3, 1, 2]], dtype=torch.int32)[:, :2]  # what follows the row in memory is a page's number too
+    ours, whole = (paged_attention(query, k, v, table, torch.tensor([length]), backend="triton") for length in (12, 8))
+    assert torch.equal(ours, whole)
+
+
 def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found are products that are 1 % too small in bf16, and a last split that is not launched."""
     dot = InterpreterBuilder.create_dot
@@ -142,4 +150,4 @@ def test_sm_90(tmp_path) -> None:
     reports = compile_all(cases, tmp_path)
     for report in reports:
         check(report)
-    assert all(report.sass is None or report.count("HMMA") > 0 for report in reports[2:])
+    assert all(report.count("HMMA") > 0 for report in reports[2:])

@@ -108,9 +108,12 @@ def norm_cases() -> list[Case]:
     cases = []
     for width, used in ((4096, False), (8192, True)):
         options = kernel._row(width)
-        for name, signature, flag in (("forward", forward, "RESIDUAL"), ("backward", backward, "SUMMED")):
+        for name, signature, flag in (
+            ("block:_norm_forward", forward, "RESIDUAL"),
+            ("block:_norm_backward", backward, "SUMMED"),
+        ):
             constants = {flag: used, "BLOCK": options["BLOCK"]}
-            cases.append(Case(f"block:_norm_{name}", signature, constants, options["num_warps"], aligned=("width",)))
+            cases.append(Case(name, signature, constants, options["num_warps"], aligned=("width",)))
     return cases
 
 

@@ -353,6 +353,6 @@ def barrier_between_reading_and_writing(sass: str) -> bool:
 def test_sm_90(tmp_path: Path) -> None:
     for report in compile_all(row_cases() + sum_cases(), tmp_path):
         check(report)
-        if report.sass is not None and report.case["kernel"].startswith("rows:"):
+        if report.case["kernel"].startswith("rows:"):
             assert report.sass.count("LDG.E.128") >= 4, "a vocabulary divisible by 16 is read 16 bytes at a time"
             assert barrier_between_reading_and_writing(report.sass)

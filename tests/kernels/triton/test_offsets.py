@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cai_fast.kernels import paged_attention, sample_tokens, score_options
+from cai_fast.kernels import sample_tokens, score_options
+from cai_fast.kernels.triton import attention as paged
 from cai_fast.kernels.triton import rows as kernels
 from torch import Tensor
 
@@ -56,9 +57,10 @@ def scoring(place: object) -> list[Tensor]:
 
 def attention(place: object) -> list[Tensor]:
     k, v = place(random(3, 1, 16, 16, dtype=torch.bfloat16)), place(random(3, 1, 16, 16, dtype=torch.bfloat16).flip(0))
-    table, lengths = torch.tensor([[2, 0], [1, 2]]), torch.tensor([20, 32])
+    # Page numbers are 32-bit, as the engine keeps them.
+    table, lengths = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32), torch.tensor([20, 32])
     query = random(2, 2, 16, dtype=torch.bfloat16)
-    return list(paged_attention(query, k, v, table, lengths, return_lse=True, backend="triton"))
+    return list(paged.paged_attention(query, k, v, table, lengths, 0.25))
 
 
 CASES = {f.__name__: f for f in (row_kernel, kl_row_kernel, sampling, scoring, attention)}
@@ -71,24 +73,31 @@ def test_rows_far_apart_give_the_same_bits(case: str) -> None:
 
 
 PLANTED = """
-import sys
+import os, sys
 sys.path[:0] = [{folder!r}, {root!r}]
-import os
 os.environ["TRITON_INTERPRET"] = "1"
 from pathlib import Path
 import interpreter, test_offsets
 from mutants import mutant
 interpreter.repair()
-with mutant(test_offsets.kernels, Path({scratch!r}), "i = tl.program_id(0).to(tl.int64)", "i = tl.program_id(0)") as m:
-    test_offsets.kernels = m
+with mutant(test_offsets.{module}, Path({scratch!r}), *{fault!r}) as changed:
+    test_offsets.{module} = changed
     test_offsets.test_rows_far_apart_give_the_same_bits({case!r})
 """
+ROW = ("i = tl.program_id(0).to(tl.int64)", "i = tl.program_id(0)")
+FAULTS = {
+    "row_kernel": ("kernels", ROW),
+    "kl_row_kernel": ("kernels", ROW),
+    "attention": ("paged", ("other=0).to(tl.int64)\n", "other=0)\n")),
+}
 
 
-@pytest.mark.parametrize("case", ["row_kernel", "kl_row_kernel"])
+@pytest.mark.parametrize("case", FAULTS)
 def test_32_bit_offsets_are_found(case: str, tmp_path: Path) -> None:
-    here = Path(__file__).resolve()
-    script = PLANTED.format(folder=str(here.parent), root=str(here.parents[3]), scratch=str(tmp_path), case=case)
+    here, (module, fault) = Path(__file__).resolve(), FAULTS[case]
+    script = PLANTED.format(
+        folder=str(here.parent), root=str(here.parents[3]), scratch=str(tmp_path), case=case, module=module, fault=fault
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "nothing to plant" not in done.stderr
     assert done.returncode != 0 and ("AssertionError" in done.stderr or done.returncode < 0), done.stderr[-2000:]
