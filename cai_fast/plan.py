@@ -116,7 +116,8 @@ def _trained_bytes(config: Config, width: int, step_tokens: float, micro_tokens:
     """Bytes per trained weight: (gradient and AdamW's state, the state alone).
 
     fp32 weights: fp32 gradient, two fp32 moments. bf16 weights: the 16-bit remainder of the exact fp32 weight, moments
-    as `model.moments` says, and a gradient that is bf16 unless several micro-batches are summed, in fp32.
+    as `model.moments` says, and a gradient that is bf16 unless several micro-batches are summed, in fp32 (that of the
+    language-model head always is: `_plans` adds it).
     """
     if width == 4:
         return 4 + 8, 8
@@ -198,11 +199,14 @@ def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
         held, kept = _trained_bytes(config, width, step.get(stage, 0), micro.get(stage, 0))
         slots = 0 if stage in ("base", "sft", "pm", "report") else config.engine.max_batch
         head = min(HEAD_ROWS, micro.get(stage, HEAD_ROWS)) * shape.config.vocab_size * 4 if stage != "report" else 0
+        main_grad = (
+            4 * shape.config.vocab_size * shape.config.hidden_size if width == 2 and stage in ("sft", "rl") else 0
+        )
         active = 34 / 2 * width * micro.get(stage, 0) * shape.config.num_layers * shape.config.hidden_size
         plans.append(StagePlan(
             name=stage,
             weights=models.get(stage, 1) * weights,
-            training=copies * shape.params * held,
+            training=copies * shape.params * held + main_grad,
             cache=slots * max(question, answer, chain // max(1, revise.rounds)) * shape.cache_per_token * width,
             activations=active + head,
             disk=tokens[stage] * text / 2 * (stage not in ("base", "sft", "pm"))

@@ -274,7 +274,7 @@ def test_a_second_process_on_the_same_run_folder(inputs: Path, tmp_path: Path, c
 
 
 def test_plan_counts_what_training_holds() -> None:
-    """Bytes per trained weight by hand: gradient, moments, and for bf16 weights the remainder."""
+    """Bytes per trained weight by hand: gradient, moments, and for bf16 weights the remainder and the head's gradient."""
     from cai_fast import config, plan
 
     def training(*words: str) -> list[float]:
@@ -288,9 +288,15 @@ def test_plan_counts_what_training_holds() -> None:
     several += ["--pm.micro_tokens", "16", "--rl.micro_tokens", "16"]
     half = ["--model.dtype", "bfloat16"]
     assert training(*one) == training(*several) == [4 + 8] * 3
-    assert training(*one, *half) == [2 + 8 + 2] * 3
-    assert training(*several, *half) == [4 + 8 + 2] * 3
-    assert training(*one, *half, "--model.moments", "bfloat16") == [2 + 4 + 2] * 3
+    shape = plan._shape(config.load([]))
+    head = 4 * shape.config.vocab_size * shape.config.hidden_size / shape.params
+
+    def with_head(per_weight: int) -> list[float]:
+        return [pytest.approx(per_weight + extra) for extra in (head, 0, head)]  # a preference model has none
+
+    assert training(*one, *half) == with_head(2 + 8 + 2)
+    assert training(*several, *half) == with_head(4 + 8 + 2)
+    assert training(*one, *half, "--model.moments", "bfloat16") == with_head(2 + 4 + 2)
 
 
 def test_bf16_moments_are_for_stages_that_train(inputs: Path, tmp_path: Path) -> None:
