@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import GIGA, Times, extra_memory, interleaved
+from bench.measure import GIGA, Times, capture, extra_memory, interleaved
 
 Outputs = dict[str, Tensor]
 """What a contestant computed. Names that start with d_ are gradients, whose error is relative: |error| / |exact| as
@@ -70,6 +70,18 @@ def gather(candidates: dict[str, Callable[[], Work]]) -> tuple[dict[str, Work], 
 def compiled(work: Work) -> Callable[[], Work]:
     """A candidate: `work` through torch.compile."""
     return lambda: torch.compile(work, dynamic=False)
+
+
+def graphed(work: Work, example: Any) -> Callable[[], Work]:
+    """A candidate: `work` on one input, replayed as a CUDA graph, without what Python and the launches take."""
+
+    def candidate() -> Work:
+        if not torch.cuda.is_available():
+            raise Absent("CUDA graphs need a GPU")
+        graph, _ = capture(lambda: work(example))
+        return lambda _: graph.replay()
+
+    return candidate
 
 
 def copying(size: float, device: torch.device) -> Work:

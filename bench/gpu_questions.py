@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable
 
 import torch
 from cai_fast.kernels import paged_attention
 from torch import Tensor
 
-from bench.measure import GIGA, interleaved, summary, synchronize
+from bench.measure import GIGA, capture, interleaved, summary
 from cai_fast.engine import Engine, Sampling
 from cai_fast.model import Model, ModelConfig, attention
 
@@ -124,21 +123,6 @@ def flash_throughput() -> dict[str, object]:
     return out
 
 
-def _capture(work: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, float]:
-    """A CUDA graph of `work`, and the seconds that the capture alone took."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    synchronize(CUDA)
-    graph, start = torch.cuda.CUDAGraph(), time.perf_counter()
-    with torch.cuda.graph(graph):
-        work()
-    return graph, time.perf_counter() - start
-
-
 def triton_paged_decode() -> dict[str, object]:
     """4. GB/s of a plain Triton paged decode inside a CUDA graph, by batch and page size."""
     out: dict[str, object] = {}
@@ -151,7 +135,7 @@ def triton_paged_decode() -> dict[str, object]:
                 return paged_attention(*inputs, backend="triton")
 
             error = _relative(work(), paged_attention(*inputs, backend="chunked"))
-            graph, _ = _capture(work)
+            graph, _ = capture(work)
             milliseconds = interleaved({"graph": graph.replay}, CUDA, seconds=1.0)["graph"].median
             size = batch * width * 8 * head_dim * 2 * 2
             out[f"page {page} B {batch}"] = {
@@ -200,7 +184,7 @@ def decode_graphs() -> dict[str, object]:
     model, out, width = _random_1b(), {}, 512
     for batch in (1, 16, 64, 128, 256):
         step = _Decode(model, batch, width)
-        graph, seconds = _capture(step)
+        graph, seconds = capture(step)
         times = interleaved({"eager": step, "graph": graph.replay}, CUDA, seconds=2.0)
         out[f"B {batch}"] = {**summary(times), "capture seconds": seconds}
         del graph, step

@@ -86,5 +86,20 @@ def _profiled_memory(work: Callable[[], object]) -> float:
     return max(sums, default=0) / 2**20
 
 
+def capture(work: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, float]:
+    """A CUDA graph of `work`, and the seconds that the capture alone took."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph, start = torch.cuda.CUDAGraph(), time.perf_counter()
+    with torch.cuda.graph(graph):
+        work()
+    return graph, time.perf_counter() - start
+
+
 def summary(times: dict[str, Times]) -> dict[str, dict[str, float]]:
     return {name: {k: round(v, 4) for k, v in t._asdict().items()} for name, t in times.items()}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contest import OURS, Contest, Outputs, Work, compiled, copying, gather
+from bench.contest import OURS, Contest, Outputs, Work, compiled, copying, gather, graphed
 from cai_fast import kernels
 
 SCORES = {"tiny": (8, 16, 50), "cpu": (512, 256, 8192), "gpu": (8192, 4096, 128256)}  # leaf rows, hidden, vocabulary
@@ -33,7 +33,10 @@ def _contest(
     op: str, size: str, inputs: list, works: dict[str, Work], traffic: float, device: torch.device, *, eager: Work,
     exact: Work, compile: bool,
 ) -> Contest:  # fmt: skip
-    found, absent = gather({"torch.compile": compiled(eager)} if compile else {})
+    candidates = {"torch.compile": compiled(eager)} if compile else {}
+    if OURS in works and device.type == "cuda":
+        candidates["cai_fast, CUDA graph"] = graphed(works[OURS], inputs[0])
+    found, absent = gather(candidates)
     works = {"copy": copying(traffic, device), **works, "eager": eager, **found}
     return Contest(op, size, inputs, works, baseline="copy", exact=exact, bytes=traffic, absent=absent)
 

@@ -77,12 +77,17 @@ def eager_kl(x: HeadInput) -> Outputs:
     return gradients((p.exp() * (p - q.detach())).sum() * x.scale, x)
 
 
-def liger_cross_entropy() -> Work:
-    need("liger-kernel", "liger_kernel", gpu=True)
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def liger_cross_entropy(**options: object) -> Callable[[], Work]:
+    """A candidate; Liger's default chunks are small, and sums in bf16 unless `accum_dtype` says otherwise."""
 
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return lambda x: gradients(loss(x.weight, x.hidden, x.targets), x)
+    def candidate() -> Work:
+        need("liger-kernel", "liger_kernel", gpu=True)
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss(**options)
+        return lambda x: gradients(loss(x.weight, x.hidden, x.targets), x)
+
+    return candidate
 
 
 def cce(**options: object) -> Callable[[], Callable[..., Tensor]]:
@@ -117,35 +122,62 @@ def cce_logprob() -> Work:
     return work
 
 
-def _trl() -> tuple[Callable, Callable]:
+LogProb = Callable[[HeadInput], tuple[Tensor, Tensor]]
+"""(log-probability, entropy) of every row by a peer, before anything is differentiated."""
+
+
+def _trl_softmax() -> LogProb:
+    """TRL's log-softmax on full logits: Triton on a GPU, loops over rows elsewhere."""
     need("trl", "trl", gpu=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-    return selective_log_softmax, entropy_from_logits
+        from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return lambda x: selective_log_softmax_and_entropy(x.hidden @ x.weight.t(), x.targets, entropy_requires_grad=False)
 
 
-def trl_logprob() -> Work:
-    selective, entropy = _trl()
+def _trl_fused() -> LogProb:
+    """What TRL's trainers use: chunks over the vocabulary, no full logits. Not a public function: it may move."""
+    need("trl", "trl", gpu=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.trainer import utils
 
-    def work(x: HeadInput) -> Outputs:
-        with torch.no_grad():
-            z = x.hidden @ x.weight.t()
-            return {"logprob": selective(z, x.targets).float(), "entropy": entropy(z).float()}
-
-    return work
+    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    outputs = ("log_probs", "entropy")
+    op = utils._ChunkedLogProbFunction
+    return lambda x: op.apply(x.hidden, x.weight, None, x.targets, 1.0, size, None, 1.0, outputs)[:2]
 
 
-def trl_policy() -> Work:
-    selective, entropy = _trl()
+def _logprob_of(make: Callable[[], LogProb]) -> Callable[[], Work]:
+    def candidate() -> Work:
+        op = make()
 
-    def work(x: HeadInput) -> Outputs:
-        z = x.hidden @ x.weight.t()
-        with torch.no_grad():
-            total = entropy(z).float().sum()
-        return gradients(ppo(selective(z, x.targets).float(), x), x) | {"entropy": total}
+        def work(x: HeadInput) -> Outputs:
+            with torch.no_grad():
+                logprob, entropy = op(x)
+            return {"logprob": logprob.float(), "entropy": entropy.float()}
 
-    return work
+        return work
+
+    return candidate
+
+
+def _policy_of(make: Callable[[], LogProb]) -> Callable[[], Work]:
+    def candidate() -> Work:
+        op = make()
+
+        def work(x: HeadInput) -> Outputs:
+            logprob, entropy = op(x)
+            return gradients(ppo(logprob.float(), x), x) | {"entropy": entropy.detach().float().sum()}
+
+        return work
+
+    return candidate
+
+
+TRL_LOGPROB = {"TRL log-softmax": _logprob_of(_trl_softmax), "TRL fused": _logprob_of(_trl_fused)}
+TRL_POLICY = {"TRL log-softmax": _policy_of(_trl_softmax), "TRL fused": _policy_of(_trl_fused)}
 
 
 def torch_cross_entropy() -> Work:

@@ -274,7 +274,7 @@ def test_a_second_process_on_the_same_run_folder(inputs: Path, tmp_path: Path, c
 
 
 def test_plan_counts_what_training_holds() -> None:
-    """Bytes per trained weight by hand: gradient, moments, and for bf16 weights the remainder and the head's gradient."""
+    """Bytes per trained weight by hand: gradient and moments; for bf16 the remainder and the head gradient."""
     from cai_fast import config, plan
 
     def training(*words: str) -> list[float]:
