@@ -106,8 +106,7 @@ class _ForwardGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         inputs = Inputs(hidden, weight, ref_hidden, ref_weight, targets)
         result = kl_pass(inputs, temperature, None, want)
-        ctx.save_for_backward(*inputs)
-        ctx.d_hidden, ctx.d_weight = result.d_hidden, result.d_weight
+        ctx.save_for_backward(*inputs, result.d_hidden, result.d_weight)
         ctx.temperature, ctx.want, ctx.main_grad = temperature, want, main_grad_of(hidden, weight, want[1])
         ctx.kl_pass = kl_pass
         ctx.mark_non_differentiable(*(x for x in (result.logprob, result.ref_logprob) if x is not None))
@@ -116,8 +115,8 @@ class _ForwardGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = Inputs(*ctx.saved_tensors)
-        d_hidden, d_weight = ctx.d_hidden, ctx.d_weight
+        *given, d_hidden, d_weight = ctx.saved_tensors
+        inputs = Inputs(*given)
         if upstream.stride(0) == 0 or upstream.numel() <= 1:
             # An expanded gradient is uniform, and that is known on the host.
             factor = upstream[:1].sum()

@@ -34,8 +34,8 @@ class ForwardGradient(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, grads: HeadGrad, main_grad: Tensor | None) -> None:
-        """What the backward needs, kept at the end of the forward."""
-        ctx.d_hidden, ctx.d_weight = grads.hidden, grads.weight_sum()
+        """What the backward needs, kept at the end of the forward: as saved tensors, which autograd frees after it."""
+        ctx.save_for_backward(grads.hidden, grads.weight_sum())
         ctx.dtypes, ctx.in_main_grad, ctx.done = (hidden.dtype, weight.dtype), main_grad is not None, False
 
     @staticmethod
@@ -50,8 +50,9 @@ class ForwardGradient(torch.autograd.Function):
                 "weight.main_grad holds the gradient of the loss itself, so its upstream gradient must be 1: "
                 "put factors into `scale`, or do not set main_grad",
             )
-        d_hidden = None if ctx.d_hidden is None else (ctx.d_hidden * upstream).to(ctx.dtypes[0])
-        d_weight = None if ctx.d_weight is None else (ctx.d_weight * upstream).to(ctx.dtypes[1])
+        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden = None if d_hidden is None else (d_hidden * upstream).to(ctx.dtypes[0])
+        d_weight = None if d_weight is None else (d_weight * upstream).to(ctx.dtypes[1])
         return d_hidden, d_weight, None, None, None, None, None
 
 

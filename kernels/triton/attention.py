@@ -23,6 +23,11 @@ def _partial(
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Attention of one sequence's query heads of one kv head to the keys of one split: numerator, maximum, denominator.
+
+    query [B, Hq, D]; k_pages, v_pages [pages, Hkv, PAGE, D]; table [B, table_width]; lengths [B]; results fp32,
+    [B, Hq, splits, D] or [B, Hq, splits].
+    """
     sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.minimum(tl.load(lengths + sequence * length_stride), table_width * PAGE).to(tl.int32)
     start = split * SPLIT
@@ -65,6 +70,7 @@ def _partial(
 
 @triton.jit
 def _merge_splits(acc_in, max_in, sum_in, out, lse_out, splits, head_size, HEAD: tl.constexpr):
+    """Merge one head's partial results of all splits, in order, into out [D] and its log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, HEAD)
     real = column < head_size
@@ -114,6 +120,7 @@ def paged_attention(
 
 @triton.jit
 def _merge_two(out1, lse1, out2, lse2, out, lse_out, rows, size, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """Merge ROWS heads of two attentions (out [rows, size], lse [rows]) over disjoint keys."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, HEAD)
     inside = row < rows

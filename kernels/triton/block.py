@@ -128,6 +128,7 @@ def _rotate(
     x, cos, sin, out, heads, half, x_token, x_head, x_column, table_token, table_column, sign,
     HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One token's heads x [heads, 2 half], rotated by cos, sin [half]; sign -1 rotates back."""
     token = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
@@ -174,6 +175,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @triton.jit
 def _swiglu_forward(gate, up, out, total, WIDE: tl.constexpr, ELEMENTS: tl.constexpr):
+    """silu(gate) up of ELEMENTS elements."""
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < total
     accumulate: tl.constexpr = tl.float64 if WIDE else tl.float32
@@ -184,6 +186,7 @@ def _swiglu_forward(gate, up, out, total, WIDE: tl.constexpr, ELEMENTS: tl.const
 
 @triton.jit
 def _swiglu_backward(gate, up, upstream, d_gate, d_up, total, WIDE: tl.constexpr, ELEMENTS: tl.constexpr):
+    """Gradients of ELEMENTS elements of gate and up, whose product is recomputed."""
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < total
     accumulate: tl.constexpr = tl.float64 if WIDE else tl.float32

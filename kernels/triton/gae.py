@@ -23,6 +23,7 @@ def _gae(
     rewards, values, cu_seqlens, advantages, returns, reward_stride, value_stride, bound_stride,
     GAMMA: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Advantages and returns of one sequence, in blocks from its end; rewards, values [T], cu_seqlens [S+1]."""
     sequence = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + sequence * bound_stride).to(tl.int64)
     end = tl.load(cu_seqlens + (sequence + 1) * bound_stride).to(tl.int64)

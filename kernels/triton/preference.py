@@ -20,6 +20,7 @@ def _score(
     OPTIONS: tl.constexpr, VARIANTS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Option log-probabilities of ROWS rows: hidden [B, H] against the option rows of weight [V, H] alone."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     used = column < OPTIONS * VARIANTS
@@ -122,6 +123,7 @@ def _labels(
     comparison_stride, principle_stride, order_stride, letter_stride,
     CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, COMPARISONS: tl.constexpr, PRINCIPLES: tl.constexpr,
 ):  # fmt: skip
+    """Labels of COMPARISONS comparisons: un-swapped, averaged over orders, clamped, averaged over principles."""
     accumulate: tl.constexpr = prob_a.dtype.element_ty
     comparison = tl.program_id(0).to(tl.int64) * COMPARISONS + tl.arange(0, COMPARISONS)
     principle = tl.arange(0, PRINCIPLES)

@@ -83,6 +83,7 @@ def _row(
     logits, grad, targets, inputs, outputs, vocab, stride, grad_stride, n, mode, write, has_ref, k3,
     inv_t, low, high, kl_coef, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row of logits (C, V): statistics and loss to outputs (8, C), and if `write` the gradient over the row."""
     i = tl.program_id(0).to(tl.int64)
     row, grad_row = logits + i * stride, grad + i * grad_stride
     target = tl.load(targets + i)

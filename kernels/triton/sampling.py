@@ -87,7 +87,7 @@ def _cut(logits, stride, vocab, temperature, top, log_total, limit, low, BY_COUN
 
 @triton.jit
 def _kept(logits, stride, vocab, temperature, top, log_total, top_k, top_p, BLOCK: tl.constexpr):
-    """(cut, ties, mass): kept are the keys above the cut, and the first `ties` of those equal to it."""
+    """(cut, ties): kept are the keys above the cut, and the first `ties` of those equal to it."""
     cut = tl.full([], NONE, tl.int32)
     ties, mass = tl.zeros([], tl.int64), tl.full([], 1, tl.int64) << 52
     if (top_k > 0) & (top_k < vocab):
@@ -131,6 +131,7 @@ def _sample(
     key_stride, position_stride, temperature_stride, k_stride, p_stride,
     TRUNCATE: tl.constexpr, DRAWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Draw one row's token: logits [B, V]; keys, positions, temperatures, top_ks, top_ps (units of 2^-63) [B]."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     temperature = tl.load(temperatures + row * temperature_stride).to(tl.float32)

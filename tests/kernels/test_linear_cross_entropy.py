@@ -148,3 +148,12 @@ def test_wrong_shapes_are_named() -> None:
         linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 2), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"expected targets of shape \[4\], got \[3\]"):
         linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_backward_frees_the_gradients_it_gave(head) -> None:
+    """A loss that is still held, as the last micro-batch's is, must not hold a [V, H] gradient as well."""
+    hidden, weight, targets = head(5, 4, 9)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        _ = loss.grad_fn.saved_tensors
