@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cai_fast.engine.cache import SlotCache, round_up
+from cai_fast.engine.cache import SlotCache, band, round_up
 from cai_fast.model import ModelConfig
 from cai_fast.model.attention import Attend
 
@@ -20,12 +20,6 @@ from cai_fast.model.attention import Attend
 BLOCK = 32
 
 Store = Callable[[int, Tensor, Tensor], None]
-
-
-def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """bool [..., Q, K]: which keys a query sees, by absolute positions [..., Q, 1] and [K]."""
-    seen = keys <= queries
-    return seen if window is None else seen & (keys > queries - window)
 
 
 class _Group:
@@ -133,25 +127,16 @@ class StoringAttend:
 
 
 class DecodeAttend:
-    """One new token a request: write its keys and values to slot i = row i, attend to the slot's `width` positions."""
+    """One new token a request: write its keys and values to its row, attend to the row's first `width` positions."""
 
     def __init__(self, config: ModelConfig, cache: SlotCache, positions: Tensor, width: int) -> None:
-        n, device = positions.shape[0], positions.device
-        self.config, self.cache, self.rows, self.width = config, cache, n, width
-        self.index = cache.index(torch.arange(n, device=device), positions)
-        self.masks: dict[int | None, Tensor] = {}
-        for window in {config.window(layer) for layer in range(config.num_layers)}:
-            seen = band(positions[:, None], torch.arange(width, device=device), window)
-            # Additive and made once a step: a bool mask is converted again in every layer.
-            mask = torch.zeros(seen.shape, dtype=cache.kv.dtype, device=device)
-            self.masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+        self.config, self.cache, self.rows = config, cache, positions.shape[0]
+        self.index = cache.index(torch.arange(self.rows, device=positions.device), positions)
+        self.read = cache.reader(positions, width, {config.window(layer) for layer in range(config.num_layers)})
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
         n = self.rows
         self.cache.write(layer, self.index, k[:n], v[:n])
-        keys, values = self.cache.kv[layer, :, :n, :, : self.width]
-        out = F.scaled_dot_product_attention(
-            q[:n, :, None], keys, values, self.masks[self.config.window(layer)], enable_gqa=q.shape[1] != k.shape[1]
-        ).squeeze(2)
+        out = self.read(layer, self.config.window(layer), q[:n])
         return out if q.shape[0] == n else F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - n))

@@ -1,11 +1,31 @@
-"""Slot KV cache: one contiguous stretch of `max_len` positions for every request in flight, allocated once."""
+"""Key-value cache of the requests in flight: what every layout offers, and the layout of one slot a request.
+
+Row i of the decode state is row i of the cache. `PagedCache` (pages.py) overrides what depends on the layout.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from cai_fast.engine.prefix import Prefix
 
 # A masked key contributes exactly zero, so a wider window changes no bit as long as its width is a
 # multiple of 32 (measured: of 16), which the CPU attention kernel handles without a remainder.
 WIDTH_STEP = 32
+
+Read = Callable[[int, int | None, Tensor], Tensor]  # layer, window, queries [n, Hq, D] -> [n, Hq, D]
+
+
+class PageUse(NamedTuple):
+    """Pages of a cache: all, held by a request or prefix, held more than once, and the most ever held."""
+
+    total: int
+    in_use: int
+    shared: int
+    peak: int
 
 
 def round_up(value: int, step: int) -> int:
@@ -13,20 +33,51 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-class SlotCache:
-    """Keys and values `(layers, 2, slots, kv_heads, positions, head_dim)`; a request owns one slot."""
+def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """bool [..., Q, K]: which keys a query sees, by absolute positions [..., Q, 1] and [K]."""
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
 
-    def __init__(self, layers: int, slots: int, kv_heads: int, max_len: int, head_dim: int, like: Tensor) -> None:
-        self.kv_heads, self.positions = kv_heads, round_up(max_len, WIDTH_STEP)
+
+class SlotCache:
+    """Row i owns page i, as long as the longest request: `(layers, 2, slots, kv_heads, positions, head_dim)`."""
+
+    ragged = False  # whether a decode step reads each row's own positions only, not the longest row's for all
+
+    def __init__(self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int, like: Tensor) -> None:
+        self.kv_heads, self.page_size = kv_heads, positions
         # Zeroed: a masked position has weight zero, and zero times an uninitialised NaN would be NaN.
-        self.kv = like.new_zeros(layers, 2, slots, kv_heads, self.positions, head_dim)
+        self.kv = like.new_zeros(layers, 2, slots, kv_heads, positions, head_dim)
         self.bytes_per_token = self.kv[:, :, 0, :, 0].nbytes
         self._flat = [[self.kv[layer, i].view(-1, head_dim) for i in (0, 1)] for layer in range(layers)]
-        self._heads = torch.arange(kv_heads, device=like.device) * self.positions
+        self._heads = torch.arange(kv_heads, device=like.device) * positions
 
-    def index(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Flat row numbers `[T * kv_heads]` of the given slot and position of every token `[T]`."""
-        first = slots * (self.kv_heads * self.positions) + positions
+    def reserve(self, row: int, total: int, length: int, prefix: Prefix | None, twin: int | None) -> bool:
+        """Make room for `total` positions in a new row; False, and nothing changed, while there is none.
+
+        `twin`: an older row whose `length` prompt tokens (and prefix) are the same.
+        """
+        return True
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Give back what the rows hold."""
+
+    def clear(self) -> None:
+        """Release every row."""
+
+    def forget(self, version: tuple[int, ...]) -> None:
+        """Drop what is kept for prefixes that are gone or were made with weights other than `version`."""
+
+    def usage(self) -> PageUse:
+        """Pages held now; slots are not counted."""
+        return PageUse(0, 0, 0, 0)
+
+    def index(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where `write` puts the tokens at the given row and position `[T]`: `[T * kv_heads]`."""
+        return self._index(rows, positions)
+
+    def _index(self, pages: Tensor, offsets: Tensor) -> Tensor:
+        first = pages * (self.kv_heads * self.page_size) + offsets
         return (first[:, None] + self._heads).view(-1)
 
     def write(self, layer: int, index: Tensor, k: Tensor, v: Tensor) -> None:
@@ -35,10 +86,37 @@ class SlotCache:
         keys.index_copy_(0, index, k.reshape(-1, k.shape[-1]))
         values.index_copy_(0, index, v.reshape(-1, v.shape[-1]))
 
-    def fill(self, slot: int, kv: Tensor) -> None:
-        """Copy a stretch `(layers, 2, kv_heads, n, head_dim)` to the start of a slot."""
-        self.kv[:, :, slot, :, : kv.shape[3]].copy_(kv)
+    def fill(self, row: int, prefix: Prefix) -> None:
+        """Put a prefix's keys and values at the start of a row."""
+        self.kv[:, :, row, :, : len(prefix)].copy_(prefix.kv)
 
-    def read(self, slot: int, length: int) -> Tensor:
-        """View `(layers, 2, kv_heads, length, head_dim)` of a slot's first positions."""
-        return self.kv[:, :, slot, :, :length]
+    def share(self, row: int, twin: int, length: int) -> None:
+        """Put the first `length` positions of row `twin` at the start of `row`."""
+        self.kv[:, :, row, :, :length].copy_(self.kv[:, :, twin, :, :length])
+
+    def move(self, holes: Sequence[int], tails: Sequence[int], lengths: Sequence[int]) -> None:
+        """Row `tails[i]`, of `lengths[i]` cached positions, becomes the free row `holes[i]`."""
+        for hole, tail, length in zip(holes, tails, lengths, strict=True):
+            self.share(hole, tail, length)
+
+    def width(self, longest: int) -> int:
+        """Positions to attend to in a step whose longest row has `longest`."""
+        return round_up(longest, WIDTH_STEP)
+
+    def reader(self, positions: Tensor, width: int, windows: set[int | None]) -> Read:
+        """Attention of one query a row over its keys up to `positions [n]` (< width); made once a step."""
+        n, masks = positions.shape[0], {}
+        for window in windows:
+            seen = band(positions[:, None], torch.arange(width, device=positions.device), window)
+            # Additive and made once a step: a bool mask is converted again in every layer.
+            mask = torch.zeros(seen.shape, dtype=self.kv.dtype, device=positions.device)
+            masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+
+        def attention(layer: int, window: int | None, q: Tensor) -> Tensor:
+            keys, values = self.kv[layer, :, :n, :, :width]
+            grouped = q.shape[1] != self.kv_heads
+            return F.scaled_dot_product_attention(
+                q[:, :, None], keys, values, masks[window], enable_gqa=grouped
+            ).squeeze(2)
+
+        return attention

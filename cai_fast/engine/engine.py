@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cai_fast.engine import scoring
 from cai_fast.engine.attend import BLOCK
-from cai_fast.engine.cache import WIDTH_STEP, SlotCache, round_up
+from cai_fast.engine.cache import PageUse, round_up
+from cai_fast.engine.pages import make_cache
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.requests import Completion, Sampling, Tree
 from cai_fast.engine.rows import Rows
@@ -22,11 +23,12 @@ Progress = Callable[[int, Completion], None]
 class _Request:
     """One prompt of a `generate` call."""
 
-    __slots__ = ("index", "key", "length", "prefix", "prompt", "sampling")
+    __slots__ = ("index", "key", "length", "prefix", "prompt", "sampling", "twin")
 
     def __init__(self, index: int, prompt: list[int], sampling: Sampling, key: int, prefix: Prefix | None) -> None:
         self.index, self.prompt, self.sampling, self.key, self.prefix = index, prompt, sampling, key, prefix
         self.length = len(prompt) + (0 if prefix is None else len(prefix))
+        self.twin: int | None = None  # place, among those admitted with it, of an earlier request with this prompt
 
     @property
     def total(self) -> int:
@@ -41,6 +43,9 @@ class Engine:
     a request's tokens and log-probs are bitwise the same alone, in any batch or order, and with any `max_batch`.
     `prefill_tokens` bounds one prefill or scoring pass, `tokenizer` is needed for stop strings only, `counters` adds
     up work since the engine was made.
+    page_size: tokens a page of the KV cache, 0 = one slot of max_len a request; by default 0 on CPU and for models with
+    a shorter sliding window, 64 on CUDA. num_pages: by default what max_batch requests of max_len need, on CUDA at most
+    half of the free memory. Requests wait while pages are short; InputError if one of max_len would never fit.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Engine:
         deterministic: bool = True,
         prefill_tokens: int = 8192,
         tokenizer: Decodes | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
     ) -> None:
         limit = model.config.max_position_embeddings
         if max_batch < 1 or prefill_tokens < 1 or not 1 <= max_len <= limit:
@@ -59,11 +66,19 @@ class Engine:
                 f"engine: max_batch {max_batch} and prefill_tokens {prefill_tokens} must be >= 1, and "
                 f"max_len {max_len} between 1 and the model's {limit} positions"
             )
-        config, weight = model.config, model.lm_head_weight.detach()
+        weight = model.lm_head_weight.detach()
         self.model, self.max_batch, self.max_len, self.prefill_tokens = model, max_batch, max_len, prefill_tokens
         self._trunk = Trunk(model, deterministic)
-        self._cache = SlotCache(config.num_layers, max_batch, config.num_kv_heads, max_len, config.head_dim, weight)
-        self._stops = None if tokenizer is None else StopStrings(tokenizer, config.vocab_size, weight.device)
+        self._cache = make_cache(
+            model.config,
+            weight,
+            rows=max_batch,
+            max_len=max_len,
+            page_size=page_size,
+            num_pages=num_pages,
+            fixed=deterministic,
+        )
+        self._stops = None if tokenizer is None else StopStrings(tokenizer, model.config.vocab_size, weight.device)
         self._slots = round_up(max_batch, BLOCK)  # rows of the decode state: every padded batch fits
         self._cu = torch.arange(self._slots + 1, dtype=torch.int32, device=weight.device)
         self._epoch = 0
@@ -73,16 +88,24 @@ class Engine:
         """trunk_tokens, padding_tokens, prefill_tokens, generated_tokens, head_rows, kv_bytes read, host_syncs."""
         return self._trunk.counters
 
+    @property
+    def pages(self) -> PageUse:
+        """Pages of the KV cache: total, in use, shared, peak; zeros where the cache has slots."""
+        self._cache.forget(self._version())
+        return self._cache.usage()
+
     def invalidate(self) -> None:
         """Declare that the model's weights changed: every prefix handle made so far becomes an error."""
         self._epoch += 1
+        self._cache.forget(self._version())
 
     def _version(self) -> tuple[int, ...]:
         """Changes with `invalidate` and with every in-place update of a parameter that autograd counts."""
         return (self._epoch, *(p._version for p in self.model.parameters()))
 
     def _check_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
-        version = self._version() if any(prefix is not None for prefix in prefixes) else ()
+        version = self._version()
+        self._cache.forget(version)
         if any(prefix is not None and prefix.version != version for prefix in prefixes):
             raise InputError("engine: a prefix handle was made with other weights; make it again with Engine.prefix")
 
@@ -159,18 +182,43 @@ class Engine:
         # Taken from the end, longest first, so that no long request is left running alone. Equal prompts stay together.
         queue = sorted((r for r in queue if r.sampling.max_new_tokens), key=lambda r: r.total)
         if queue:
-            rows = Rows(self._cache, self._slots, [r.sampling for r in queue], self._stops)
-            patience = max(1, self.max_batch // 8)  # free slots worth a prefill
-            while queue or len(rows):
-                free = self.max_batch - len(rows)
-                if queue and (not len(rows) or free >= min(patience, len(queue))):
-                    flagged = self._admit(rows, [queue.pop() for _ in range(min(free, len(queue)))])
-                else:
-                    flagged = self._decode(rows)
-                self.counters["host_syncs"] += 1  # the flags of this step
-                if flagged:
-                    finish(rows.leave(rows.finished(flagged)))
+            try:
+                self._run(queue, finish)
+            finally:
+                self._cache.clear()
         return [done[i] for i in range(len(prompts))]
+
+    def _run(self, queue: list[_Request], finish: Callable[[list[tuple[int, Completion]]], None]) -> None:
+        """Admit requests from the queue's end and decode until all have finished."""
+        rows = Rows(self._cache, self._slots, [r.sampling for r in queue], self._stops)
+        limit = self.max_batch
+        while queue or len(rows):
+            ready: list[_Request] = []
+            patience = min(max(1, limit // 8), len(queue))  # free rows worth a prefill
+            if queue and (not len(rows) or limit - len(rows) >= patience):
+                ready = self._reserve(queue, len(rows))
+                # Where pages ran short, the next try waits until some of the rows have left.
+                limit = min(self.max_batch, len(rows) + len(ready)) if queue else self.max_batch
+                if not ready and not len(rows):
+                    raise RuntimeError(f"engine: no request runs and pages are short: {self._cache.usage()}")
+            flagged = self._admit(rows, ready) if ready else self._decode(rows)
+            self.counters["host_syncs"] += 1  # the flags of this step
+            if flagged:
+                finish(rows.leave(rows.finished(flagged)))
+
+    def _reserve(self, queue: list[_Request], start: int) -> list[_Request]:
+        """Take requests from the queue's end for the rows from `start` on, while there are rows and room."""
+        first: dict[tuple[int, tuple[int, ...]], int] = {}
+        ready: list[_Request] = []
+        while queue and start + len(ready) < self.max_batch:
+            r, n = queue[-1], len(ready)
+            twin = first.setdefault((id(r.prefix), tuple(r.prompt)), n)
+            r.twin = twin if twin < n else None
+            row = None if r.twin is None else start + r.twin
+            if not self._cache.reserve(start + n, r.total, r.length, r.prefix, row):
+                break
+            ready.append(queue.pop())
+        return ready
 
     def _requests(
         self,
@@ -203,35 +251,34 @@ class Engine:
         return requests
 
     def _admit(self, rows: Rows, requests: list[_Request]) -> list[tuple[int, int]]:
-        """Prefill requests into free slots and sample their first tokens; equal prompts are computed once."""
+        """Prefill requests into their rows and sample their first tokens; equal prompts are computed once."""
         at = rows.join(
             [r.index for r in requests],
             [r.sampling for r in requests],
             [r.length for r in requests],
             [r.key for r in requests],
         )
-        first: dict[tuple[int, tuple[int, ...]], int] = {}
-        twins = [first.setdefault((id(r.prefix), tuple(r.prompt)), n) for n, r in enumerate(requests)]
-        unique = list(first.values())
+        twins = [n if r.twin is None else r.twin for n, r in enumerate(requests)]
+        unique = [n for n, r in enumerate(requests) if r.twin is None]
         hidden = self._cache.kv.new_empty(len(requests), self.model.config.hidden_size)
         for group in scoring.bins([len(requests[n].prompt) for n in unique], self.prefill_tokens):
             members = [unique[g] for g in group]
             hidden[members] = self._prefill([requests[n] for n in members], [at.start + n for n in members])
         for n, source in enumerate(twins):
             if n != source:
-                self._cache.fill(at.start + n, self._cache.read(at.start + source, requests[n].length))
+                self._cache.share(at.start + n, at.start + source, requests[n].length)
         return rows.emit(at, self._trunk.logits(hidden[twins]))
 
-    def _prefill(self, requests: list[_Request], slots: list[int]) -> Tensor:
-        """Write the prompts' keys and values into their slots -> [n, H]: what predicts each first token."""
+    def _prefill(self, requests: list[_Request], rows: list[int]) -> Tensor:
+        """Write the prompts' keys and values into their rows -> [n, H]: what predicts each first token."""
         prompts, prefixes = [r.prompt for r in requests], [r.prefix for r in requests]
-        for slot, prefix in zip(slots, prefixes, strict=True):
+        for row, prefix in zip(rows, prefixes, strict=True):
             if prefix is not None:
-                self._cache.fill(slot, prefix.kv)
+                self._cache.fill(row, prefix)
         if not any(prompts):
             return torch.stack([prefix.last_hidden for prefix in prefixes])
         trunk = self._trunk
-        where = trunk.tensor([slot for slot, prompt in zip(slots, prompts, strict=True) for _ in prompt])
+        where = trunk.tensor([row for row, prompt in zip(rows, prompts, strict=True) for _ in prompt])
         index = self._cache.index(
             where, trunk.tensor([position for r in requests for position in range(r.length - len(r.prompt), r.length)])
         )
@@ -242,7 +289,8 @@ class Engine:
 
     def _decode(self, rows: Rows) -> list[tuple[int, int]]:
         """One more token for every active row."""
-        count, width = len(rows), round_up(rows.width(), WIDTH_STEP)
-        logits = self._trunk.decode(rows.token, rows.position, self._cache, count, width, self._cu)
+        cache, count, width = self._cache, len(rows), self._cache.width(rows.width())
+        logits = self._trunk.decode(rows.token, rows.position, cache, count, width, self._cu)
+        self.counters["kv_bytes"] += (rows.cached() if cache.ragged else count * width) * cache.bytes_per_token
         rows.step += 1
         return rows.emit(slice(0, count), logits)

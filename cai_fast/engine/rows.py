@@ -50,7 +50,7 @@ class Rows:
         device = cache.kv.device
         self.cache, self.stops, self.step = cache, stops, 0
         self.active: list[_Host] = []
-        self._reach = 0  # the longest row's positions, less the step number
+        self._reach = self._sum = 0  # positions of the longest row and of all rows, less the step number of each
         self.most = max(s.max_new_tokens for s in samplings)
         ends = max(1, max(len(s.stop_token_ids) for s in samplings))
         strings = sorted({s.stop_strings for s in samplings if s.stop_strings})
@@ -89,9 +89,14 @@ class Rows:
         """Cached positions of the longest active row once its newest token is written."""
         return self._reach + self.step
 
+    def cached(self) -> int:
+        """Cached positions of all active rows once their newest tokens are written."""
+        return self._sum + len(self.active) * self.step
+
     def _changed(self) -> None:
         """Renew what is derived from the set of active rows."""
-        self._reach = max((row.length(0) for row in self.active), default=0)
+        lengths = [row.length(0) for row in self.active]
+        self._reach, self._sum = max(lengths, default=0), sum(lengths)
         self._laws = None
 
     def join(self, requests: list[int], samplings: list[Sampling], prompts: list[int], keys: list[int]) -> slice:
@@ -181,10 +186,11 @@ class Rows:
         left = len(self.active) - len(gone)
         holes = sorted(row for row in gone if row < left)
         tails = [row for row in range(left, len(self.active)) if row not in gone]
+        self.cache.release(gone)
         for hole, tail in zip(holes, tails, strict=True):
             self.active[hole] = self.active[tail]
-            self.cache.fill(hole, self.cache.read(tail, self.active[tail].length(self.step) - 1))
         if holes:
+            self.cache.move(holes, tails, [self.active[tail].length(self.step) - 1 for tail in tails])
             for state in self._state:
                 state[holes] = state[tails]
         del self.active[left:]

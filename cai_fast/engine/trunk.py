@@ -113,7 +113,6 @@ class Trunk:
         self.counters["trunk_tokens"] += count
         self.counters["padding_tokens"] += rows - count
         self.counters["head_rows"] += count
-        self.counters["kv_bytes"] += count * width * cache.bytes_per_token
         return self._head(hidden)[:count]
 
     def padded(self, hidden: Tensor) -> Tensor:

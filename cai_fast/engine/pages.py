@@ -1,0 +1,193 @@
+"""Paged KV cache: small pages with reference counts, shared by the rows that begin alike, and a block table.
+
+Pages for a request's longest possible end are taken when it is admitted, so that nothing in flight is ever preempted
+(block tables: PagedAttention, arXiv 2309.06180).
+"""
+
+from collections.abc import Iterable, Sequence
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from cai_fast import kernels
+from cai_fast.engine.cache import WIDTH_STEP, PageUse, Read, SlotCache, round_up
+from cai_fast.engine.prefix import Prefix
+from cai_fast.errors import InputError
+from cai_fast.model import ModelConfig
+
+CUDA_PAGE = 64  # default page size on a GPU
+POOL_SHARE = 0.5  # of a GPU's free memory at most; the rest is left to prefill, logits and the trainer
+
+
+class PagedCache(SlotCache):
+    """Pool `(layers, 2, pages, kv_heads, page_size, head_dim)`; `table [rows, max pages]` int32: the pages of a row.
+
+    A page belongs to every row and prefix that counts it in `_refs`. A prefix's full pages are made when a request
+    first uses it and kept for the next one, until the handle dies, the weights change or a request needs the room.
+    """
+
+    ragged = True
+
+    def __init__(
+        self, config: ModelConfig, pages: int, page_size: int, like: Tensor, *, rows: int, max_len: int, fixed: bool
+    ) -> None:
+        """fixed: every decode step has the shape of one with a row of `max_len`."""
+        super().__init__(config.num_layers, pages, config.num_kv_heads, page_size, config.head_dim, like)
+        self.table = torch.zeros(rows, -(-max_len // page_size), dtype=torch.int32, device=like.device)
+        self.fixed, self.peak = fixed, 0
+        self._refs, self._free = [0] * pages, list(reversed(range(pages)))
+        self._rows: dict[int, list[int]] = {}
+        self._prefixes: dict[ref[Prefix], list[int]] = {}  # full pages
+
+    def _take(self, count: int) -> list[int]:
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._refs[page] = 1
+        self.peak = max(self.peak, len(self._refs) - len(self._free))
+        return pages
+
+    def _drop(self, pages: list[int]) -> None:
+        for page in pages:
+            if self._refs[page] < 1:
+                raise RuntimeError(f"engine: page {page} is freed twice")
+            self._refs[page] -= 1
+            if not self._refs[page]:
+                self._free.append(page)
+
+    def _make_room(self, count: int, keep: list[int]) -> bool:
+        """Whether `count` pages are free, at the cost of prefixes (not the one with pages `keep`) that no row uses."""
+        for handle, pages in list(self._prefixes.items()):
+            if len(self._free) >= count:
+                break
+            if pages is not keep and self._refs[pages[0]] == 1:
+                self._drop(self._prefixes.pop(handle))
+        return len(self._free) >= count
+
+    def reserve(self, row: int, total: int, length: int, prefix: Prefix | None, twin: int | None) -> bool:
+        """See `SlotCache.reserve`: the full pages of the twin's prompt, or else of the prefix, are shared."""
+        needed, shared = -(-total // self.page_size), []
+        if twin is not None:
+            shared = self._rows[twin][: length // self.page_size]
+        elif prefix is not None:
+            shared = self._prefixes.get(ref(prefix), shared)
+        if not self._make_room(needed - len(shared), shared):
+            return False
+        if twin is None and prefix is not None and not shared:
+            shared = self._place(prefix)
+        for page in shared:
+            self._refs[page] += 1
+        self._rows[row] = [*shared, *self._take(needed - len(shared))]
+        self.table[row, :needed] = torch.tensor(self._rows[row], dtype=torch.int32).to(self.table.device)
+        return True
+
+    def _place(self, prefix: Prefix) -> list[int]:
+        """Copy the prefix's full pages into the pool."""
+        full = len(prefix) // self.page_size
+        pages = self._take(full)
+        if full:
+            kv = prefix.kv[..., : full * self.page_size, :].unflatten(3, (full, self.page_size))
+            self.kv[:, :, pages] = kv.transpose(2, 3)
+            self._prefixes[ref(prefix)] = pages
+        return pages
+
+    def release(self, rows: Iterable[int]) -> None:
+        """See `SlotCache.release`; a page that nobody else holds becomes free."""
+        for row in rows:
+            self._drop(self._rows.pop(row))
+
+    def clear(self) -> None:
+        """Release every row."""
+        self.release(list(self._rows))
+
+    def forget(self, version: tuple[int, ...]) -> None:
+        """See `SlotCache.forget`. Called before any use, so that a handle's end needs no callback at a random time."""
+        for handle in list(self._prefixes):
+            prefix = handle()
+            if prefix is None or prefix.version != version:
+                self._drop(self._prefixes.pop(handle))
+
+    def usage(self) -> PageUse:
+        """Pages held now."""
+        held = [count for count in self._refs if count]
+        return PageUse(len(self._refs), len(held), sum(count > 1 for count in held), self.peak)
+
+    def index(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """See `SlotCache.index`."""
+        return self._index(self.table[rows, positions // self.page_size].long(), positions % self.page_size)
+
+    def fill(self, row: int, prefix: Prefix) -> None:
+        """Copy the prefix's partial last page; the full ones are shared."""
+        full, rest = divmod(len(prefix), self.page_size)
+        if rest:
+            self.kv[:, :, self._rows[row][full], :, :rest] = prefix.kv[..., full * self.page_size :, :]
+
+    def share(self, row: int, twin: int, length: int) -> None:
+        """Copy the prompt's partial last page; the full ones are shared."""
+        full, rest = divmod(length, self.page_size)
+        if rest:
+            self.kv[:, :, self._rows[row][full]] = self.kv[:, :, self._rows[twin][full]]
+
+    def move(self, holes: Sequence[int], tails: Sequence[int], lengths: Sequence[int]) -> None:
+        """See `SlotCache.move`; the keys stay where they are."""
+        for hole, tail in zip(holes, tails, strict=True):
+            self._rows[hole] = self._rows.pop(tail)
+        self.table[holes] = self.table[tails]
+
+    def width(self, longest: int) -> int:
+        """See `SlotCache.width`: whole pages."""
+        return self.table.shape[1] * self.page_size if self.fixed else round_up(longest, self.page_size)
+
+    def reader(self, positions: Tensor, width: int, windows: set[int | None]) -> Read:
+        """See `SlotCache.reader`; there are no windows."""
+        table, lengths = self.table[: positions.shape[0], : width // self.page_size], positions + 1
+
+        def attention(layer: int, window: int | None, q: Tensor) -> Tensor:
+            keys, values = self.kv[layer]
+            return kernels.paged_attention(q, keys, values, table, lengths)
+
+        return attention
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of a GPU that may go to pages."""
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(POOL_SHARE * (torch.cuda.mem_get_info(device)[0] + reusable))
+
+
+def make_cache(
+    config: ModelConfig,
+    like: Tensor,
+    *,
+    rows: int,
+    max_len: int,
+    page_size: int | None,
+    num_pages: int | None,
+    fixed: bool,
+) -> SlotCache:
+    """The cache of an engine with `rows` rows on `like`'s device and in its type; arguments: see `Engine`.
+
+    A sliding window shorter than `max_len` needs slots: the default falls back to them, a page size is an InputError.
+    """
+    windowed, cuda = config.max_window is not None and config.max_window < max_len, like.device.type == "cuda"
+    if page_size is None:
+        page_size = CUDA_PAGE if cuda and not windowed else 0
+    if page_size < 0 or page_size and windowed:
+        raise InputError(
+            f"engine: page_size {page_size} must be >= 0, and 0 (slots) for a model whose sliding window is shorter "
+            f"than max_len {max_len}: attention to pages has no window"
+        )
+    if not page_size:
+        positions = round_up(max_len, WIDTH_STEP)
+        return SlotCache(config.num_layers, rows, config.num_kv_heads, positions, config.head_dim, like)
+    needed = -(-max_len // page_size)
+    page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * like.element_size() * page_size
+    if num_pages is None:
+        # More could never be in use at once: a shared page takes the place of one of a row that shares it.
+        num_pages = min(rows * needed, _memory(like.device) // page_bytes) if cuda else rows * needed
+    if num_pages < needed:
+        raise InputError(
+            f"engine: {num_pages} pages of {page_size} tokens ({page_bytes / 2**20:.3g} MiB each) do not hold one "
+            f"request of max_len {max_len}, which needs {needed}. Lower engine.max_len or free memory"
+        )
+    return PagedCache(config, num_pages, page_size, like, rows=rows, max_len=max_len, fixed=fixed)
