@@ -45,7 +45,9 @@ def _gathered(dense: Callable) -> Callable:
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulate_dtype(query.dtype)
         table = block_table.clamp_min(0).long()
-        keys, values = (pages[table].transpose(1, 2).flatten(2, 3).to(dtype) for pages in (k_pages, v_pages))
+        gathered = (pages[table].transpose(1, 2).flatten(2, 3) for pages in (k_pages, v_pages))
+        # Of pages of one token `flatten` makes a view, and a product's bits would depend on the number of sequences.
+        keys, values = (x.contiguous().to(dtype) for x in gathered)
         out, lse = dense(query.to(dtype), keys, values, seq_lens, scale)
         return out.to(query.dtype), lse
 
