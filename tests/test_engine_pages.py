@@ -119,6 +119,19 @@ def test_prefix_pages_change_nothing(model: Model, size: int, length: int) -> No
         assert_close(model, [shared + prompt for prompt in rest[:count]], other, want[:count])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_row_reads_as_the_prefill_of_its_tokens(model: Model, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    runner, rest = engine(model, page_size=size), [[5] * 9, [6] * 30, [5] * 9]
+    whole = [runner.prefix([*SHARED, *prompt]).kv for prompt in rest]
+    read: list[torch.Tensor] = []
+    watch_admission(monkeypatch, lambda e: read.extend(e._cache.read(i, kv.shape[3]) for i, kv in order))
+    order = list(enumerate([whole[1], whole[0], whole[0]]))  # the longest first
+    runner.generate(rest, Sampling(max_new_tokens=2), prefix=runner.prefix(SHARED))
+    assert len(read) == 3
+    for found, (_, want) in zip(read, order, strict=True):
+        assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def watch_admission(monkeypatch: pytest.MonkeyPatch, note: Callable[[Engine], None]) -> None:
     """Call `note` after every admission to pages."""
     original = Engine._admit

@@ -1,4 +1,4 @@
-"""Generation and option scoring with the trainer's own model: continuous batching over a slot KV cache."""
+"""Generation and option scoring with the trainer's own model: continuous batching over a cache of slots or pages."""
 
 from cai_fast.engine.engine import Engine
 from cai_fast.engine.prefix import Prefix

@@ -90,9 +90,13 @@ class SlotCache:
         """Put a prefix's keys and values at the start of a row."""
         self.kv[:, :, row, :, : len(prefix)].copy_(prefix.kv)
 
+    def read(self, row: int, length: int) -> Tensor:
+        """Keys and values `(layers, 2, kv_heads, length, head_dim)` of a row's first positions, as a view if it can."""
+        return self.kv[:, :, row, :, :length]
+
     def share(self, row: int, twin: int, length: int) -> None:
         """Put the first `length` positions of row `twin` at the start of `row`."""
-        self.kv[:, :, row, :, :length].copy_(self.kv[:, :, twin, :, :length])
+        self.read(row, length).copy_(self.read(twin, length))
 
     def move(self, holes: Sequence[int], tails: Sequence[int], lengths: Sequence[int]) -> None:
         """Row `tails[i]`, of `lengths[i]` cached positions, becomes the free row `holes[i]`."""

@@ -122,6 +122,10 @@ class PagedCache(SlotCache):
         if rest:
             self.kv[:, :, self._rows[row][full], :, :rest] = prefix.kv[..., full * self.page_size :, :]
 
+    def read(self, row: int, length: int) -> Tensor:
+        """See `SlotCache.read`: a copy."""
+        return self.kv[:, :, self._rows[row]].transpose(2, 3).flatten(3, 4)[..., :length, :]
+
     def share(self, row: int, twin: int, length: int) -> None:
         """Copy the prompt's partial last page; the full ones are shared."""
         full, rest = divmod(length, self.page_size)
