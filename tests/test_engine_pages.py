@@ -228,6 +228,13 @@ def test_admission_waits_for_pages(model: Model, monkeypatch: pytest.MonkeyPatch
     assert_empty(runner)
 
 
+def test_bytes_read_are_those_of_each_rows_own_positions(model: Model) -> None:
+    runner = engine(model, page_size=16)
+    runner.generate([[5] * 9, [6] * 30], [Sampling(max_new_tokens=4), Sampling(max_new_tokens=2)])
+    token = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    assert runner.counters["kv_bytes"] == (10 + 11 + 12 + 31) * token
+
+
 def test_no_and_empty_requests_need_no_page(model: Model) -> None:
     runner = engine(model, page_size=16)
     assert runner.generate([], Sampling()) == []
