@@ -112,7 +112,7 @@ class Judge:
         """Score the two options after each prompt and add probability of letter A and option mass."""
         options = self.options.sequences or [self.options.suffix + ids for ids in self.options.option_ids]
         self._make_room(rendered, max(map(len, options)))
-        scored = self.prefixes.score(rendered, self.options)
+        scored = self.prefixes.score(rendered, self.options, [q.comparison.id for q in questions])
         for question, prompt, logprob, mass in zip(questions, rendered, *scored, strict=True):
             question.few_shot_ids = prompt.few_shot_ids
             question.probs.append(math.exp(logprob[0]))
@@ -122,19 +122,21 @@ class Judge:
         """Sample chains of thought, read the answer after each; several samples are averaged (paper §2)."""
         rendered = [self.renderer.cot(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
         self._make_room(rendered, self.spec.max_new_tokens)
-        for sample in range(self.cfg.cot_samples):
-            for q in questions:
-                where = f"{q.comparison.id}/{q.number}/{q.order}"
-                q.cot_drawn.append(self.ctx.key_parts("label/cot", where, sample))
-            keys = [rng.key(*q.cot_drawn[-1]) for q in questions]
-            completions = self.prefixes.generate(rendered, self.spec, keys)
-            answered = []
-            for question, prompt, completion in zip(questions, rendered, completions, strict=True):
-                thought = self.renderer.finish(completion.token_ids, "cot")
-                question.cot.append(thought.text)
-                ids = prompt.ids + thought.body_ids + self.renderer.cot_answer_suffix()
-                answered.append(Rendered(prompt.prefix, ids, prompt.few_shot_ids))
-            self._read_options(questions, answered)
+        samples = range(self.cfg.cot_samples)
+        for q in questions:
+            where = f"{q.comparison.id}/{q.number}/{q.order}"
+            q.cot_drawn = [self.ctx.key_parts("label/cot", where, sample) for sample in samples]
+        # All at once and a question's samples in a row, so that each prompt is prefilled once.
+        asked = [(q, prompt) for q, prompt in zip(questions, rendered, strict=True) for _ in samples]
+        keys = [rng.key(*parts) for q in questions for parts in q.cot_drawn]
+        completions = self.prefixes.generate([prompt for _, prompt in asked], self.spec, keys)
+        answered = []
+        for (question, prompt), completion in zip(asked, completions, strict=True):
+            thought = self.renderer.finish(completion.token_ids, "cot")
+            question.cot.append(thought.text)
+            ids = prompt.ids + thought.body_ids + self.renderer.cot_answer_suffix()
+            answered.append(Rendered(prompt.prefix, ids, prompt.few_shot_ids))
+        self._read_options([question for question, _ in asked], answered)
 
     def _labels(self, comparisons: Sequence[Comparison], questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Un-swap, average and clamp (kernels.preference_labels), and make the records."""

@@ -5,7 +5,7 @@ Stages exchange files of the run folder and never import each other; everything 
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
-from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
+from cai_fast.engine import COUNTERS, Completion, Engine, Sampling, token_tree
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
@@ -149,6 +149,7 @@ class Context:
         return {
             "perf/tokens_per_s": minimum * self.dist.world / counts["seconds"],
             "perf/trunk_over_minimum": counts["trunk_tokens"] / minimum,
+            "perf/prefill_over_prompts": counts["prefill_tokens"] / max(1.0, counts["prompt_tokens"]),
             "perf/padding_tokens": counts["padding_tokens"],
             "perf/head_rows_per_token": counts["head_rows"] / generated,
             "perf/kv_bytes_per_token": counts["kv_bytes"] / generated,
@@ -303,19 +304,31 @@ class Prefixes:
         handles = [self.handle(r.prefix) for r in rendered]
         return self.engine.generate([r.ids for r in rendered], spec, keys=list(keys), prefix=handles)
 
-    def score(self, rendered: Sequence[Rendered], options: Options) -> tuple[list[list[float]], list[float]]:
-        """Log-probabilities [B][K] over the options after each prompt, and the options' share [B] of all tokens."""
+    def score(
+        self, rendered: Sequence[Rendered], options: Options, groups: Sequence[Hashable]
+    ) -> tuple[list[list[float]], list[float]]:
+        """Log-probabilities [B][K] over the options after each prompt, and the options' share [B] of all tokens.
+
+        groups [B]: prompts of one group are scored as a tree. Nothing is shared between groups, so that a prompt's
+        bits do not depend on which other groups are asked about.
+        """
         if options.sequences:
             return self._score_sequences(rendered, options.sequences)
         logprobs, masses = [[0.0]] * len(rendered), [0.0] * len(rendered)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, r in enumerate(rendered):
-            groups.setdefault(tuple(r.prefix), []).append(index)
-        for prefix, members in groups.items():
-            prompts = [rendered[index].ids + options.suffix for index in members]
-            scored, mass = self.engine.score(prompts, options.option_ids, prefix=self.handle(prefix), return_mass=True)
-            for index, values, share in zip(members, scored.tolist(), mass.tolist(), strict=True):
-                logprobs[index], masses[index] = values, share
+        alike: dict[tuple[int, ...], dict[Hashable, list[int]]] = {}
+        for index, (r, group) in enumerate(zip(rendered, groups, strict=True)):
+            alike.setdefault(tuple(r.prefix), {}).setdefault(group, []).append(index)
+        for prefix, members in alike.items():
+            trees, leaves, count = [], {}, 0
+            for indices in members.values():
+                tree, order = token_tree([rendered[index].ids + options.suffix for index in indices])
+                trees.append(tree)
+                leaves |= {index: count + leaf for index, leaf in zip(indices, order, strict=True)}
+                count += max(order) + 1
+            scored, mass = self.engine.score(trees, options.option_ids, prefix=self.handle(prefix), return_mass=True)
+            values, shares = scored.tolist(), mass.tolist()
+            for index, leaf in leaves.items():
+                logprobs[index], masses[index] = values[leaf], shares[leaf]
         return logprobs, masses
 
     def _score_sequences(

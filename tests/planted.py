@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cai_fast.engine import Completion, Sampling
+from cai_fast.engine import Completion, Sampling, Tree
 from cai_fast.tokenizer import Renderer
 
 Reply = Callable[[str], str | None]  # prompt -> text; None: never stops
 Prefer = Callable[[str], float]  # question -> probability of the first option
+
+
+def leaves(tree: Tree) -> list[list[int]]:
+    """The prompts of a tree, depth first."""
+    if not tree.children:
+        return [list(tree.token_ids)]
+    return [[*tree.token_ids, *ids] for child in tree.children for ids in leaves(child)]
 
 
 @dataclass
@@ -46,10 +53,10 @@ class PlantedEngine:
         self.keys += keys
         return done
 
-    def score(self, prompts: Sequence[Sequence[int]], option_ids: Any, *, prefix: list[int] | None,
+    def score(self, trees: Sequence[Tree], option_ids: Any, *, prefix: list[int] | None,
               return_mass: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probabilities [B, 2] of the options, and their planted share of all tokens."""
-        asked = [self._text(prefix, ids) for ids in prompts]
+        asked = [self._text(prefix, ids) for tree in trees for ids in leaves(tree)]
         self.questions += asked
         first = torch.tensor([self.prefer(question) for question in asked], dtype=torch.float64)
         return torch.stack([first.log(), torch.log1p(-first)], 1), torch.full_like(first, self.mass)

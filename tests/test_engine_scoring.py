@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from planted import leaves
 from test_engine import VOCAB, engine, make_model, replay, some_prompts
 
-from cai_fast.engine import Tree
+from cai_fast.engine import Tree, token_tree
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 
@@ -53,17 +54,12 @@ def random_tree(rng: random.Random, depth: int) -> Tree:
     return Tree(tokens, [random_tree(rng, depth - rng.randint(1, depth)) for _ in range(width)])
 
 
-def leaves(tree: Tree, before: list[int]) -> list[list[int]]:
-    prompt = before + tree.token_ids
-    return [leaf for child in tree.children for leaf in leaves(child, prompt)] if tree.children else [prompt]
-
-
 @pytest.mark.parametrize("length", [0, 45])
 def test_trees_equal_separate_prompts(model: Model, length: int) -> None:
     rng = random.Random(length)
     shared = [rng.randrange(VOCAB) for _ in range(length)]
     trees = [random_tree(rng, 3) for _ in range(12)]
-    prompts = [leaf for tree in trees for leaf in leaves(tree, shared)]
+    prompts = [shared + leaf for tree in trees for leaf in leaves(tree)]
     assert len(prompts) > 24
     runner = engine(model, prefill_tokens=150)
     handle = runner.prefix(shared) if shared else None
@@ -72,7 +68,7 @@ def test_trees_equal_separate_prompts(model: Model, length: int) -> None:
     assert runner.counters["trunk_tokens"] - start < sum(map(len, prompts))
     want, _, tolerance = expected(model, prompts)
     assert (logprob - want).abs().max() <= tolerance
-    first, count = (sum(len(leaves(tree, [])) for tree in part) for part in (trees[:2], trees[2:4]))
+    first, count = (sum(len(leaves(tree)) for tree in part) for part in (trees[:2], trees[2:4]))
     assert torch.equal(runner.score(trees[2:4], OPTIONS, prefix=handle), logprob[first : first + count])
 
 
@@ -81,6 +77,37 @@ def test_each_shared_token_is_computed_once(model: Model) -> None:
     runner = engine(model)
     assert runner.score([tree, [8, 9]], OPTIONS).shape == (4, 3)
     assert runner.counters["trunk_tokens"] == 40 + 10 + 2 + 2 + 1 + 2
+
+
+def test_a_token_tree_holds_every_prompt_once() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        prompts = [[rng.randrange(2) for _ in range(rng.randint(1, 12))] for _ in range(rng.randint(0, 9))]
+        tree, order = token_tree(prompts, rng.randint(1, 5))
+        found = leaves(tree) if prompts else []
+        assert [found[leaf] for leaf in order] == prompts and len(found) == len(set(map(tuple, prompts)))
+    tree, order = token_tree([[1, 2, 3], [1, 2], [1, 2, 4, 5], [1, 2]], min_shared=1)
+    assert tree == Tree([1], [Tree([2], [Tree([3]), Tree([4, 5])]), Tree([2])]) and order == [0, 2, 1, 2]
+    assert token_tree([[1, 2, 3], [1, 2, 4]], min_shared=3)[0] == Tree([], [Tree([1, 2, 3]), Tree([1, 2, 4])])
+    assert token_tree([[7, 8]]) == (Tree([7, 8]), [0])
+
+
+@pytest.mark.parametrize(("unit", "exact"), [(16, True), (60, False)])
+def test_token_trees_score_as_separate_prompts(model: Model, unit: int, exact: bool) -> None:
+    rng = random.Random(unit)
+    talk, *parts = ([rng.randrange(VOCAB) for _ in range(unit + rng.randrange(unit))] for _ in range(7))
+    prompts = [talk + p + q for p in parts[:3] for q in (parts[3] + parts[4], parts[4] + parts[3])]
+    prompts += [prompts[0], prompts[1][:-1], prompts[2] + parts[5], talk]
+    tree, order = token_tree(prompts)
+    runner = engine(model, max_len=600)
+    separate = runner.score(prompts, OPTIONS)
+    start = runner.counters["trunk_tokens"]
+    shared = runner.score([tree], OPTIONS)[order]
+    assert runner.counters["trunk_tokens"] - start < 0.7 * sum(map(len, prompts))
+    _, _, tolerance = expected(model, prompts)
+    assert (shared - separate).abs().max() <= tolerance
+    # Up to some 128 keys the CPU adds a row's terms in the same order however long the sequence that it stands in.
+    assert torch.equal(shared, separate) or not exact
 
 
 def test_no_items_empty_leaf_overflow(model: Model) -> None:

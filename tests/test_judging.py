@@ -93,7 +93,7 @@ def test_both_orders_are_unswapped_and_averaged(open_run: Any, monkeypatch: pyte
         assert row.prob_a == pytest.approx((ab + ba) / 2, rel=1e-6)
         assert (row.prob_a > 0.5 + 1e-9) == (a > b) and (row.prob_a < 0.5 - 1e-9) == (a < b)  # the bias is gone
         assert row.clamp is None and row.provenance["option_mass"] == 0.25
-    assert len(engine.questions) == 2 * len(GRADES) and not engine.prompts
+    assert len(engine.questions) == 2 * len(GRADES) - 1 and not engine.prompts  # equal answers: one order is the other
     assert grades(engine.questions[0]) == grades(engine.questions[1])[::-1] == [9, 1]
 
 
@@ -114,11 +114,12 @@ def test_k_principles_are_drawn_with_replacement_and_averaged(open_run: Any, mon
         return 0.9 if "kinder" in question.split("Human:")[-1] else 0.3
 
     labels, engine = judged(open_run(label__principles=3), monkeypatch, prefer, count=60)
-    assert len(engine.questions) == 60 * 3 * 2
     drawn = [view.principle for row in labels for view in row.per_principle]
     assert len(drawn) == 180 and 60 < drawn.count("comparison0") < 120  # two principles
     variety = {len({view.principle for view in row.per_principle}) for row in labels}
     assert variety == {1, 2}  # with replacement, each draw its own
+    different = [len({view.principle for view in row.per_principle}) for row in labels]  # equal ones: asked once
+    assert len(engine.questions) == sum(n * (1 + (a != b)) for n, (a, b) in zip(different, GRADES * 10, strict=True))
     for row in labels:
         for view in row.per_principle:
             first = 0.9 if view.principle == "comparison0" else 0.3
@@ -176,8 +177,8 @@ def test_chain_of_thought_is_read_after_the_reasoning(open_run: Any, monkeypatch
     labels, engine = judged(ctx, monkeypatch, after_thought, lambda prompt: next(thoughts), count=3)
     assert len(engine.prompts) == len(set(engine.keys)) == 3 * 2 * 2
     assert all(prompt.endswith("Assistant: Let's think step by step:") for prompt in engine.prompts)
-    for n, row in enumerate(labels):  # samples of one question are 6 apart: 3 comparisons in 2 orders
-        ab, ba = ([2 * n + order, 2 * n + order + 6] for order in (0, 1))
+    for n, row in enumerate(labels):  # two samples of each question, one after the other; two questions a comparison
+        ab, ba = ([4 * n + 2 * order, 4 * n + 2 * order + 1] for order in (0, 1))
         (view,) = row.per_principle
         assert view.cot == tuple(f"Thought number {m}." for m in (*ab, *ba))
         assert view.prob_a_ab == pytest.approx(0.5 + sum(ab) / 200, rel=1e-6)
@@ -194,7 +195,7 @@ def test_provenance_alone_gives_every_key(open_run: Any, monkeypatch: pytest.Mon
             assert rng.choice(rng.key(*keys["order"]), 2) == (view.prob_a_ab is None)
             assert "few_shot" in keys
             sampled.append([rng.key(*parts) for parts in keys["cot"]])
-    assert engine.keys == [keys[sample] for sample in (0, 1) for keys in sampled]
+    assert engine.keys == [key for keys in sampled for key in keys]
     (plain, *_), _ = judged(open_run(label__few_shot=False), monkeypatch)
     assert [set(keys) for keys in plain.provenance["rng"]] == [{"principle"}]
 
@@ -221,6 +222,36 @@ def test_a_real_judge_reads_what_the_paper_asks(open_run: Any, inputs: Path) -> 
     assert (view.prob_a_ab, view.prob_a_ba) == pytest.approx((expected[0], 1 - expected[1]), rel=1e-5)
 
 
+@pytest.mark.parametrize("cot", [False, True])
+def test_trees_change_no_label(open_run: Any, monkeypatch: pytest.MonkeyPatch, cot: bool) -> None:
+    score, made = Prefixes.score, []
+    for separate in (False, True):
+        if separate:
+            monkeypatch.setattr(Prefixes, "score", lambda p, r, options, groups: score(p, r, options, range(len(r))))
+        settings = {"label__cot": cot, "label__cot_samples": 2, "label__cot_max_new_tokens": 12}
+        judge = Judge(open_run(label__principles=3, label__few_shot=False, **settings), "judge")
+        rows = [row["record"]["per_principle"] for row in judge.label(pairs())]
+        made.append((rows, judge.engine.counters["prefill_tokens"]))
+    (rows, tokens), (separate_rows, separate_tokens) = made
+    assert tokens < 0.75 * separate_tokens
+    for views, others in zip(rows, separate_rows, strict=True):
+        for view, other in zip(views, others, strict=True):
+            assert view["cot"] == other["cot"] and view["principle"] == other["principle"]
+            for order in ("prob_a_ab", "prob_a_ba"):
+                assert view[order] == pytest.approx(other[order], abs=1e-5)
+
+
+def test_samples_of_a_question_are_prefilled_once(open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prefixes, "score", lambda p, r, options, groups: ([[-1.0, -0.5]] * len(r), [1.0] * len(r)))
+    counted = []
+    for samples in (1, 3):
+        settings = {"label__cot": True, "label__cot_max_new_tokens": 2, "label__cot_samples": samples}
+        judge = Judge(open_run(label__few_shot=False, engine__max_batch=64, **settings), "judge")
+        list(judge.label(pairs()))
+        counted.append(judge.engine.counters["prefill_tokens"])
+    assert counted[0] == counted[1]
+
+
 def test_options_that_no_single_token_tells_apart(open_run: Any) -> None:
     ctx = open_run()
     renderer, model = ctx.renderer("judge"), ctx.model("judge")
@@ -229,7 +260,7 @@ def test_options_that_no_single_token_tells_apart(open_run: Any) -> None:
     prefix, prompts = encode("Few shots."), [encode("Better: "), encode("Worse, said he: ")]
     options = [encode("A"), encode("AB")]
     rendered = [Rendered(prefix, ids, ()) for ids in prompts]
-    logprobs, mass = prefixes.score(rendered, Options([], [], options))
+    logprobs, mass = prefixes.score(rendered, Options([], [], options), [0, 1])
     for row, share, ids in zip(logprobs, mass, prompts, strict=True):
         totals = []
         for option in options:

@@ -1,12 +1,18 @@
 """The whole loop on the toy world: at smoke size here; with its bounds, control and collapses in the slow campaigns."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import alone
 
-from cai_fast import train
+from cai_fast import pipeline, train
+from cai_fast.config import load as load_config
+from cai_fast.judging import Judge
+from cai_fast.rundir import RunDir
+from cai_fast.runlog import RunLog
 
 STAGES = ("base", "revise", "sft", "compare", "label", "pm", "rl", "evaluate", "report")
 TRUTH = {"harm", "harm_rate", "helpful", "evasive", "objection", "malformed"}
@@ -49,6 +55,23 @@ def test_no_stage_trains_on_the_held_out_prompts(folder: Path) -> None:
     assert {(row["kind"], row["source"]) for row in comparisons} == {("harmless", "ai"), ("helpful", "corpus")}
     preferences = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
     assert not {row["turns"][-1]["text"] for row in preferences} & texts
+
+
+def test_trees_change_no_bit_of_the_labels(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(folder, tmp_path / "run")
+    cfg = load_config(["--config", "smoke", "--run-dir", str(run), "--base.cache", "false"])
+    opened = RunDir.open(run, cfg, dist=alone())
+    ctx = pipeline.open_context(cfg, opened, RunLog(tmp_path / "metrics.jsonl", True), alone())
+    written = [json.loads(line) for line in (run / "labels.jsonl").read_text().splitlines()]
+    labels = {row["comparison_id"]: row for row in written}
+    turns = {p.id: p.turns for p in pipeline.load_prompts(ctx)}
+    asked = [(c, turns[c.prompt_id]) for c in pipeline.load_comparisons(ctx) if c.source == "ai"]
+    score = pipeline.Prefixes.score
+    monkeypatch.setattr(pipeline.Prefixes, "score", lambda p, r, options, groups: score(p, r, options, range(len(r))))
+    for row in Judge(ctx, "judge").label(asked):
+        record = row["record"]
+        assert json.loads(json.dumps(record)) == labels[record["comparison_id"]]
+    opened.close()
 
 
 @pytest.mark.slow

@@ -85,7 +85,8 @@ class Engine:
 
     @property
     def counters(self) -> dict[str, int]:
-        """trunk_tokens, padding_tokens, prefill_tokens, generated_tokens, head_rows, kv_bytes read, host_syncs."""
+        """trunk_tokens, padding_tokens, prompt_tokens (asked for), prefill_tokens (computed for them),
+        generated_tokens, head_rows, kv_bytes read, host_syncs."""
         return self._trunk.counters
 
     @property
@@ -116,7 +117,7 @@ class Engine:
             raise InputError(f"engine: a prefix has 1 to max_len {self.max_len} tokens, found {len(token_ids)}")
         hidden, kvs = self._trunk.collect([token_ids], [[]])
         self.counters["prefill_tokens"] += len(token_ids)
-        return Prefix(tuple(token_ids), kvs[0], hidden[-1].clone(), self._version())
+        return Prefix(tuple(token_ids), (kvs[0],), hidden[-1].clone(), self._version())
 
     @torch.no_grad()
     def score(
@@ -169,6 +170,7 @@ class Engine:
         Equal prompts that start together are prefilled once. progress(index, completion) is called as they finish.
         """
         queue = self._requests(prompts, sampling, keys, prefix)
+        self.counters["prompt_tokens"] += sum(r.length for r in queue if r.sampling.max_new_tokens)
         done: dict[int, Completion] = {}
 
         def finish(completions: list[tuple[int, Completion]]) -> None:
@@ -282,7 +284,7 @@ class Engine:
         index = self._cache.index(
             where, trunk.tensor([position for r in requests for position in range(r.length - len(r.prompt), r.length)])
         )
-        contexts = [[] if prefix is None else [prefix.kv] for prefix in prefixes]
+        contexts = [[] if prefix is None else list(prefix.stretches) for prefix in prefixes]
         hidden = trunk.packed(prompts, contexts, lambda layer, k, v: self._cache.write(layer, index, k, v))
         self.counters["prefill_tokens"] += hidden.shape[0]
         return trunk.last(hidden, [len(prompt) for prompt in prompts], prefixes)

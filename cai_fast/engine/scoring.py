@@ -46,6 +46,12 @@ def _longest(tree: Tree) -> int:
     return len(tree.token_ids) + max((_longest(child) for child in tree.children), default=0)
 
 
+def _separate(tree: Tree, before: int) -> int:
+    """Tokens of all prompts of a tree, `before` of each before its root."""
+    before += len(tree.token_ids)
+    return sum(_separate(child, before) for child in tree.children) if tree.children else before
+
+
 def _levels(trees: Sequence[Tree], first_leaf: int, root: list[Tensor]) -> tuple[list[list[_Node]], int]:
     """Nodes of some trees by depth, leaves numbered depth first from `first_leaf`; and the next leaf number."""
     by_depth: list[list[_Node]] = []
@@ -110,7 +116,8 @@ def score(
                 f"engine: prompt {i} to score has {before + _longest(tree)} tokens, more than max_len "
                 f"{max_len}. Shorten it or raise engine.max_len"
             )
-    root = [] if prefix is None else [prefix.kv]
+    trunk.counters["prompt_tokens"] += sum(_separate(tree, before) for tree in trees)
+    root = [] if prefix is None else list(prefix.stretches)
     last: list[Tensor] = []
     for group in bins([_size(tree) for tree in trees], max_tokens):
         levels, leaves = _levels([trees[i] for i in group], len(last), root)

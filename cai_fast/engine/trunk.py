@@ -19,6 +19,7 @@ PROBED = 20_000_000  # weights of the distinct shapes together, beyond which try
 COUNTERS = (
     "trunk_tokens",
     "padding_tokens",
+    "prompt_tokens",
     "prefill_tokens",
     "generated_tokens",
     "head_rows",
