@@ -7,7 +7,7 @@ from typing import Any
 
 from cai_fast import pipeline, rng
 from cai_fast.constitution import Principle
-from cai_fast.engine import Completion, Sampling
+from cai_fast.engine import Completion, Prefix, Sampling
 from cai_fast.pipeline import Context, KeyParts, Prefixes
 from cai_fast.records import Helpful, Prompt, Revision, content_id
 from cai_fast.tokenizer import Finished, Rendered, Renderer
@@ -31,6 +31,7 @@ class Chain:
     few_shot: list[list[str]] = field(default_factory=list)
     drawn: list[dict[str, KeyParts]] = field(default_factory=list)  # by round: the key parts of every draw
     reject_reason: str | None = None
+    critique: Prefix | None = None  # the keys of the current critique, until its revision is made
 
     def key(self, name: str) -> int:
         """RNG key of the draw of this name in the current round."""
@@ -113,8 +114,11 @@ class Reviser:
             if self._fits(c, request, "revision", number):
                 alive.append(c)
                 rendered.append(request)
-        done = self.prefixes.generate(rendered, self.specs["revision"], [c.key("revision") for c in alive])
+        done = self.prefixes.generate(
+            rendered, self.specs["revision"], [c.key("revision") for c in alive], after=[c.critique for c in alive]
+        )
         for c, completion in zip(alive, done, strict=True):
+            c.critique = None
             finished, reason = self._finish(completion, "revision")
             c.rounds[-1]["revision"] = finished.text
             c.add(finished, reason, f"revision {number + 1}")
@@ -128,6 +132,7 @@ class Reviser:
         if len(request.prefix) + len(request.ids) + self.specs[kind].max_new_tokens <= self.room:
             return True
         chain.reject_reason = f"{kind} {number + 1}: over_long"
+        chain.critique = None
         return False
 
     def _critiques(self, chains: list[Chain], principles: list[Principle], shots: list[int], number: int) -> list[str]:
@@ -140,11 +145,14 @@ class Reviser:
                 alive.append(index)
                 rendered.append(request)
         texts = [""] * len(chains)
-        done = self.prefixes.generate(rendered, self.specs["critique"], [chains[i].key("critique") for i in alive])
+        keys = [chains[i].key("critique") for i in alive]
+        done = self.prefixes.generate(rendered, self.specs["critique"], keys, keep=True)
         for index, completion in zip(alive, done, strict=True):
             finished, reason = self._finish(completion, "critique")
             if reason:
                 chains[index].reject_reason = f"critique {number + 1}: {reason}"
+            else:
+                chains[index].critique = completion.kept
             texts[index] = finished.text
         return texts
 

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
-from cai_fast.engine import COUNTERS, Completion, Engine, Sampling, token_tree
+from cai_fast.engine import COUNTERS, Completion, Engine, Prefix, Sampling, token_tree
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
@@ -288,9 +289,9 @@ class Prefixes:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._handles: dict[tuple[int, ...], Any] = {}
+        self._handles: dict[tuple[int, ...], Prefix] = {}
 
-    def handle(self, tokens: Sequence[int]) -> Any | None:
+    def handle(self, tokens: Sequence[int]) -> Prefix | None:
         """Handle of a shared prefix; None for an empty one."""
         block = tuple(tokens)
         if not block:
@@ -299,10 +300,29 @@ class Prefixes:
             self._handles[block] = self.engine.prefix(list(block))
         return self._handles[block]
 
-    def generate(self, rendered: Sequence[Rendered], spec: Sampling, keys: Sequence[int]) -> list[Completion]:
-        """One completion per rendered prompt, in order."""
-        handles = [self.handle(r.prefix) for r in rendered]
-        return self.engine.generate([r.ids for r in rendered], spec, keys=list(keys), prefix=handles)
+    def generate(
+        self,
+        rendered: Sequence[Rendered],
+        spec: Sampling,
+        keys: Sequence[int],
+        *,
+        after: Sequence[Prefix | None] | None = None,
+        keep: bool = False,
+    ) -> list[Completion]:
+        """One completion per rendered prompt, in order.
+
+        after: a kept handle per prompt; the tokens that it and the prompt both begin with are not computed again.
+        """
+        starts = [self._start(r, kept) for r, kept in zip(rendered, after or [None] * len(rendered), strict=True)]
+        prompts, handles = [ids for _, ids in starts], [handle for handle, _ in starts]
+        return self.engine.generate(prompts, spec, keys=list(keys), prefix=handles, keep=keep)
+
+    def _start(self, r: Rendered, kept: Prefix | None) -> tuple[Prefix | None, list[int]]:
+        """The handle that covers most of a prompt, and the tokens after it (at least one of a kept handle's)."""
+        shared = 0 if kept is None else len(commonprefix([kept.token_ids, (*r.prefix, *r.ids[:-1])]))
+        if shared <= len(r.prefix):
+            return self.handle(r.prefix), r.ids
+        return kept.cut(shared), r.ids[shared - len(r.prefix) :]
 
     def score(
         self, rendered: Sequence[Rendered], options: Options, groups: Sequence[Hashable]

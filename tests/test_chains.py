@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from cai_fast import records, rng
 from cai_fast.chains import Reviser, defect, repetition
 from cai_fast.engine import Completion
 from cai_fast.errors import InputError
-from cai_fast.pipeline import Context
+from cai_fast.pipeline import Context, Prefixes
 from cai_fast.records import Prompt, Revision, Turn
 from cai_fast.stages import revise
 
@@ -304,6 +305,40 @@ def test_chains_do_not_depend_on_chunk_or_batch(open_run: Any) -> None:
         run_stage(ctx)
         made.append(textworld.results(ctx.run.root))
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_revision_continues_on_the_keys_of_its_critique(
+    open_run: Any, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    start, made = Prefixes._start, []
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr(Prefixes, "_start", lambda prefixes, r, kept: start(prefixes, r, None))
+        worker = Reviser(open_run(engine__deterministic=str(deterministic).lower()))
+        rows = list(worker.chains(prompts(6)))
+        made.append((rows, worker.engine.counters))
+    (rows, counters), (plain_rows, plain) = made
+    assert rows == plain_rows
+    assert counters["prompt_tokens"] == plain["prompt_tokens"]
+    assert counters["prefill_tokens"] < 0.75 * plain["prefill_tokens"]
+
+
+def test_no_chain_holds_keys_that_it_does_not_need(open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx, held = open_run(revise__rounds=1, revise__max_repetition=0.5), []
+    real = Reviser._critiques
+
+    def critiques(self: Reviser, chains: list[Any], *rest: Any) -> list[str]:
+        texts = real(self, chains, *rest)
+        assert all((chain.critique is None) == (chain.reject_reason is not None) for chain in chains)
+        held.extend(weakref.ref(chain.critique) for chain in chains if chain.critique is not None)
+        monkeypatch.setattr(self, "_finish", lambda completion, kind: (self.renderer.finish([], kind), "empty"))
+        assert all(handle() is not None for handle in held)
+        return texts
+
+    monkeypatch.setattr(Reviser, "_critiques", critiques)
+    assert len(list(Reviser(ctx).chains(prompts(8)))) == 8
+    assert held and not any(handle() for handle in held)
 
 
 def test_a_kill_half_way_loses_only_unfinished_rows(open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

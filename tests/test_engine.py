@@ -175,6 +175,47 @@ def test_prefix_changes_nothing(model: Model, length: int) -> None:
     assert runner.generate(rest[3:5], sampling, prefix=handle, keys=[3, 4]) == found[3:5]
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kept_keys_continue_at_any_cut(model: Model, deterministic: bool) -> None:
+    runner, sampling = engine(model, deterministic=deterministic), Sampling(max_new_tokens=9)
+    shared, own = some_prompts(2, seed=8, longest=25)
+    handle = runner.prefix(shared)
+    (first,) = runner.generate([own], sampling, prefix=handle, keep=True)
+    kept = first.kept
+    assert first == runner.generate([own], sampling, prefix=handle)[0]  # and then nothing is kept:
+    assert runner.generate([own], sampling)[0].kept is None
+    said = [] if deterministic else first.token_ids[:-1]
+    assert list(kept.token_ids) == shared + own + said and kept.stretches[0] is handle.stretches[0]
+    prompt = [*kept.token_ids, 5, 6, 7]
+    (want,) = runner.generate([prompt], sampling)
+    parts = [kept.cut(n) for n in range(len(kept) + 1)]
+    assert parts[-1] is kept and [len(part) for part in parts] == [part.kv.shape[3] for part in parts]
+    before = runner.counters["prefill_tokens"]
+    found = runner.generate([prompt[len(p) :] for p in parts], sampling, prefix=parts, keys=[0] * len(parts))
+    assert runner.counters["prefill_tokens"] - before == sum(len(prompt) - len(p) for p in parts)
+    scale = replay(model, prompt, want.token_ids).abs().max()
+    for completion in found:
+        assert completion.token_ids == want.token_ids
+        assert (torch.tensor(completion.logprobs) - torch.tensor(want.logprobs)).abs().max() <= 1e-5 * scale
+        assert not deterministic or completion == want  # so short, even to the bit
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        runner.generate([[]], sampling, prefix=kept)
+    runner.invalidate()
+    with pytest.raises(InputError, match="other weights"):
+        runner.generate([[4]], sampling, prefix=kept.cut(3))
+
+
+def test_requests_that_move_keep_their_own_keys(model: Model) -> None:
+    runner, prompts = engine(model, max_batch=5), some_prompts(30, seed=2)
+    sampling = [Sampling(max_new_tokens=i % 7) for i in range(30)]
+    done = runner.generate(prompts, sampling, keep=True)
+    for i, (prompt, completion) in enumerate(zip(prompts, done, strict=True)):
+        assert (completion.kept is None) == (i % 7 == 0)
+        if completion.kept is not None:
+            assert list(completion.kept.token_ids) == prompt
+            assert torch.equal(completion.kept.kv, runner.prefix(prompt).kv)
+
+
 def test_stale_prefix_is_refused() -> None:
     model = make_model()
     runner = engine(model)

@@ -1,6 +1,7 @@
 """The engine: continuous batching, prefix handles and scoring on the trainer's own model instance."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Engine:
             )
         weight = model.lm_head_weight.detach()
         self.model, self.max_batch, self.max_len, self.prefill_tokens = model, max_batch, max_len, prefill_tokens
-        self._trunk = Trunk(model, deterministic)
+        self.deterministic, self._trunk = deterministic, Trunk(model, deterministic)
         self._cache = make_cache(
             model.config,
             weight,
@@ -162,14 +163,18 @@ class Engine:
         *,
         keys: Sequence[int] | None = None,
         prefix: Prefix | Sequence[Prefix | None] | None = None,
+        keep: bool = False,
         progress: Progress | None = None,
     ) -> list[Completion]:
         """One completion a prompt, in the order of the prompts; a prompt is `prefix.token_ids + prompt`.
 
         keys (63-bit; default: the prompt's index) and the token's index in the response decide all randomness.
         Equal prompts that start together are prefilled once. progress(index, completion) is called as they finish.
+        With `keep` every completion that took a token has a handle for prompts that continue it, made by a copy of its
+        keys (see Prefix for the memory): of the prompt and of all tokens of the response but the last, or, where
+        `deterministic`, of the prompt alone: a key computed in decoding has other last bits than one from a prefill.
         """
-        queue = self._requests(prompts, sampling, keys, prefix)
+        queue = requests = self._requests(prompts, sampling, keys, prefix)
         self.counters["prompt_tokens"] += sum(r.length for r in queue if r.sampling.max_new_tokens)
         done: dict[int, Completion] = {}
 
@@ -185,13 +190,17 @@ class Engine:
         queue = sorted((r for r in queue if r.sampling.max_new_tokens), key=lambda r: r.total)
         if queue:
             try:
-                self._run(queue, finish)
+                self._run(queue, finish, requests if keep else None)
             finally:
                 self._cache.clear()
         return [done[i] for i in range(len(prompts))]
 
-    def _run(self, queue: list[_Request], finish: Callable[[list[tuple[int, Completion]]], None]) -> None:
-        """Admit requests from the queue's end and decode until all have finished."""
+    def _run(
+        self, queue: list[_Request], finish: Callable[[list[tuple[int, Completion]]], None],
+        kept_of: list[_Request] | None,
+    ) -> None:  # fmt: skip
+        """Admit requests from the queue's end and decode until all have finished; `kept_of`: all requests by their
+        index, if handles are to be kept."""
         rows = Rows(self._cache, self._slots, [r.sampling for r in queue], self._stops)
         limit = self.max_batch
         while queue or len(rows):
@@ -206,7 +215,9 @@ class Engine:
             flagged = self._admit(rows, ready) if ready else self._decode(rows)
             self.counters["host_syncs"] += 1  # the flags of this step
             if flagged:
-                finish(rows.leave(rows.finished(flagged)))
+                ended = rows.finished(flagged)
+                kept = {} if kept_of is None else self._kept(rows, [row for row, _ in ended], kept_of)
+                finish([(i, replace(c, kept=kept[i]) if kept else c) for i, c in rows.leave(ended)])
 
     def _reserve(self, queue: list[_Request], start: int) -> list[_Request]:
         """Take requests from the queue's end for the rows from `start` on, while there are rows and room."""
@@ -221,6 +232,19 @@ class Engine:
                 break
             ready.append(queue.pop())
         return ready
+
+    def _kept(self, rows: Rows, ended: list[int], requests: list[_Request]) -> dict[int, Prefix]:
+        """Handles of the rows that are about to leave, by request."""
+        kept, version = {}, self._version()
+        for row in ended:
+            request = requests[rows.active[row].request]
+            before = request.length - len(request.prompt)
+            drawn = [] if self.deterministic else rows.tokens(row)[:-1]  # the last one was never an input
+            tokens = [*request.prompt, *drawn]
+            own = self._cache.read(row, before + len(tokens))[:, :, :, before:].clone()
+            shared = request.prefix or Prefix((), (), None, version)
+            kept[request.index] = Prefix((*shared.token_ids, *tokens), (*shared.stretches, own), None, version)
+        return kept
 
     def _requests(
         self,
@@ -240,8 +264,11 @@ class Engine:
         self._check_prefixes(prefixes)
         requests = [_Request(*r) for r in zip(range(count), prompts, samplings, keys, prefixes, strict=True)]
         for r in requests:
-            if r.length == 0:
-                raise InputError(f"engine: prompt {r.index} is empty; a prompt needs at least one token")
+            if not r.prompt and (r.prefix is None or r.prefix.last_hidden is None):
+                raise InputError(
+                    f"engine: prompt {r.index} is empty; a prompt needs at least one token, except after a "
+                    "whole handle of Engine.prefix"
+                )
             if r.total > self.max_len:
                 raise InputError(
                     f"engine: prompt {r.index} has {r.length} tokens; with max_new_tokens "

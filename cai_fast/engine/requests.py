@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from cai_fast.engine.prefix import Prefix
 from cai_fast.errors import InputError
 
 
@@ -41,12 +42,14 @@ class Sampling:
 class Completion:
     """One response: its tokens (with the token that ended it), their log-probs, and why it ended.
 
-    `logprobs[i]` is the log-probability of `token_ids[i]` in nats under the distribution it was drawn from.
+    `logprobs[i]` is the log-probability of `token_ids[i]` in nats under the distribution it was drawn from; `kept` is
+    a handle over the prompt's keys, and those of the response where they are kept too (see `Engine.generate`).
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop" | "length"
+    kept: Prefix | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

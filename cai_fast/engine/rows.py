@@ -174,14 +174,17 @@ class Rows:
         tail = self.out_token[row, max(0, count - self.stops.tail(stops)) : count].tolist()
         return self.stops.found(stops, tail)
 
+    def tokens(self, row: int) -> list[int]:
+        """What an active row has sampled."""
+        return self.out_token[row, : self.active[row].generated(self.step)].tolist()
+
     def leave(self, ended: list[tuple[int, str]]) -> list[tuple[int, Completion]]:
         """Take the ended rows out, move the last rows into the holes; returns (request, completion)."""
         done = []
         for row, reason in ended:
-            host = self.active[row]
-            count = host.generated(self.step)
-            tokens, logprobs = self.out_token[row, :count].tolist(), self.out_logprob[row, :count].tolist()
-            done.append((host.request, Completion(tokens, logprobs, reason)))
+            tokens = self.tokens(row)
+            logprobs = self.out_logprob[row, : len(tokens)].tolist()
+            done.append((self.active[row].request, Completion(tokens, logprobs, reason)))
         gone = {row for row, _ in ended}
         left = len(self.active) - len(gone)
         holes = sorted(row for row in gone if row < left)
