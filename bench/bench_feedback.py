@@ -5,10 +5,17 @@ Judging: comparisons x principles x both orders, the probability of one of two a
 cai_fast scores a tree per comparison (conversation, principle, order: each shared token is computed once); transformers
 runs left-padded batches of questions sorted by length and makes the logits of the last position only.
 
-Lengths come from workloads.json; the bound of a gain is the ratio of the tokens that either side must process.
+Chains: in every round a critique of the current response and a revision by the critique, all behind a long few-shot
+block. cai_fast computes the block once and continues a revision on the keys of its critique; transformers' generate
+prefills every prompt anew, in left-padded batches. Nothing stops early, so both sides take the same number of steps.
+
+Lengths come from workloads.json; the bound of a gain is the ratio of the tokens that either side must process. In
+chains that counts a token of a prefill like one that is decoded, though a decoded one costs more: what can be gained
+lies below.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,13 +27,16 @@ import torch
 from bench.bench_engine import models, prompts_of, workloads
 from bench.contest import OURS, Contest, Outputs, measure, table
 from bench.environment import RESULTS, environment
-from cai_fast.engine import Engine, Tree
+from cai_fast.engine import Engine, Prefix, Sampling, Tree
 from cai_fast.model import Model
 
-STRAIGHT = "padded, sorted, last logit"
+STRAIGHT, AGAIN = "padded, sorted, last logit", "generate, prefilled anew"
 OPTIONS = (5, 6)  # the two answer tokens
 BATCH = 32
 PRINCIPLES = (1, 4, 16)
+
+Say = Callable[[list[list[int]], int, bool], list[list[int]]]
+"""(requests without the few-shot block, new tokens of each, whether they continue the last ones) -> answers."""
 
 
 class Question:
@@ -119,11 +129,93 @@ def judging(model: Model, theirs: Any, comparisons: int) -> Iterator[Contest]:
             )  # fmt: skip
 
 
+class Chains:
+    """Critique-revision chains of the workload with random tokens; critiques and revisions are what the model says."""
+
+    def __init__(self, vocab: int, limit: int) -> None:
+        load = workloads()["chains"]
+        self.few_shot, ask, mend = prompts_of([load["few_shot_tokens"], *[load["request_tokens"]] * 2], vocab, 1)
+        self.requests = ask, mend
+        self.prompts = prompts_of(load["prompt_tokens"][:limit], vocab, 2)
+        self.responses = prompts_of([load["response_tokens"]] * len(self.prompts), vocab, 3)
+        self.rounds, self.new = load["rounds"], (load["critique_tokens"], load["revision_tokens"])
+        longest = max(map(len, self.prompts)) + max(load["response_tokens"], self.new[1])
+        self.room = len(self.few_shot) + longest + 2 * load["request_tokens"] + sum(self.new)
+
+    def run(self, say: Say) -> None:
+        ask, mend = self.requests
+        current = self.responses
+        for _ in range(self.rounds):
+            asked = [[*p, *r, *ask] for p, r in zip(self.prompts, current, strict=True)]
+            critiques = say(asked, self.new[0], False)
+            asked = [[*a, *c, *mend] for a, c in zip(asked, critiques, strict=True)]
+            current = say(asked, self.new[1], True)
+            assert {len(c) for c in critiques} == {self.new[0]} and {len(r) for r in current} == {self.new[1]}
+
+    def bound(self) -> float:
+        """Tokens of all prompts and answers, over those of a run that computes each of them once."""
+        anew, once = 0, len(self.few_shot)
+
+        def count(requests: list[list[int]], new: int, continued: bool) -> list[list[int]]:
+            nonlocal anew, once
+            anew += sum(len(self.few_shot) + len(request) + new for request in requests)
+            once += sum((len(self.requests[1]) if continued else len(request)) + new for request in requests)
+            return [[0] * new for _ in requests]
+
+        self.run(count)
+        return anew / once
+
+
+def continued_chains(engine: Engine, chains: Chains) -> Callable[[Any], None]:
+    def work(_: Any) -> None:
+        block = engine.prefix(chains.few_shot)
+        kept: list[Prefix] = []
+
+        def say(requests: list[list[int]], new: int, continued: bool) -> list[list[int]]:
+            before = kept if continued else [block] * len(requests)
+            rest = [[*block.token_ids, *r][len(start) :] for r, start in zip(requests, before, strict=True)]
+            done = engine.generate(rest, Sampling(max_new_tokens=new), prefix=before, keep=not continued)
+            kept[:] = [] if continued else [c.kept for c in done]
+            return [c.token_ids for c in done]
+
+        chains.run(say)
+
+    return work
+
+
+def repeated_chains(model: Any, chains: Chains) -> Callable[[Any], None]:
+    from transformers import GenerationConfig
+
+    @torch.no_grad()
+    def say(requests: list[list[int]], new: int, continued: bool) -> list[list[int]]:
+        config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=0, bos_token_id=None)
+        said: list[list[int]] = []
+        for start in range(0, len(requests), BATCH):
+            prompts = [[*chains.few_shot, *request] for request in requests[start : start + BATCH]]
+            width = max(map(len, prompts))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+            out = model.generate(ids, attention_mask=mask, generation_config=config)
+            said += out[:, width:].tolist()
+        return said
+
+    return lambda _: chains.run(say)
+
+
+def chain_contests(model: Model, theirs: Any, limit: int) -> Iterator[Contest]:
+    chains = Chains(model.config.vocab_size, limit)
+    engine = Engine(model, max_batch=BATCH, max_len=chains.room, deterministic=model.device.type == "cpu")
+    size = f"{len(chains.prompts)} of {chains.rounds} rounds, {len(chains.few_shot)} few-shot tokens"
+    works = {AGAIN: repeated_chains(theirs, chains), OURS: continued_chains(engine, chains)}
+    yield Contest("chains", f"{size}, {chains.bound():.3f}", [None], works, AGAIN)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_feedback", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="contests whose name contains this text")
     parser.add_argument("--comparisons", type=int, default=256)
+    parser.add_argument("--chains", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,12 +224,14 @@ def main() -> None:
     path = options.out / f"feedback-{report['device'] if device.type == 'cuda' else 'cpu'}.json".replace(" ", "_")
     with tempfile.TemporaryDirectory() as folder:
         model, theirs = models(workloads()["model"], Path(folder), device)
-        for contest in judging(model, theirs, options.comparisons):
+        everything = judging(model, theirs, options.comparisons), chain_contests(model, theirs, options.chains)
+        for contest in itertools.chain(*everything):
             if options.only not in contest.name:
                 continue
             result = measure(contest, device, float("inf"), rounds=options.rounds, memory=False)
             times = {name: row["median"] for name, row in result["contestants"].items()}
-            result["gain"], result["bound"] = times[STRAIGHT] / times[OURS], float(contest.size.rpartition(" ")[2])
+            result["gain"] = times[contest.baseline] / times[OURS]
+            result["bound"] = float(contest.size.rpartition(" ")[2])
             report["contests"].append(result)
             print(table(result), flush=True)
             print(f"gain {result['gain']:.2f} of {result['bound']:.2f} that the token counts allow", flush=True)
