@@ -129,5 +129,9 @@ def test_logprobs_of_given_responses(model: Model) -> None:
             logits = replay(model, prompt, response)
             want = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
             assert (torch.tensor(values) - want).abs().max() <= 1e-5 * logits.abs().max()
+    runner, letters = engine(model), [[5], [6], [7, 8], [5]]
+    scored = runner.logprobs([prompts[0]] * 4, letters)
+    assert runner.counters["trunk_tokens"] == 2 * len(prompts[0]) + 1
+    assert scored == [engine(model).logprobs([prompts[0]], [letter])[0] for letter in letters]
     with pytest.raises(InputError, match="prompt 1 is empty"):
         engine(model).logprobs([[1], []], [[2], [3]])

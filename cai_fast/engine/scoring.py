@@ -153,30 +153,32 @@ def logprobs(
         raise InputError(f"engine: {len(responses)} responses for {len(prompts)} prompts")
     if not all(prompts):
         raise InputError(f"engine: prompt {[len(p) for p in prompts].index(0)} is empty; it needs at least one token")
-    result: list[list[float]] = []
+    result: list[list[float]] = [[] for _ in prompts]
     model = trunk.model
-    # The last token of a response predicts nothing that is asked for.
-    inputs = [[*p, *r[:-1]] if r else [] for p, r in zip(prompts, responses, strict=True)]
+    # The last token of a response predicts nothing that is asked for: one-token answers to a prompt are one input.
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+        if r:
+            alike.setdefault((*p, *r[:-1]), []).append(i)
+    inputs = list(alike)
     for group in bins([len(tokens) for tokens in inputs], max_tokens):
-        lens = [len(inputs[i]) for i in group if inputs[i]]
-        targets = [token for i in group for token in responses[i]]
-        values: list[float] = []
-        if targets:
-            rows, start = [], 0
-            for i in group:
-                start += len(inputs[i])
+        lens = [len(inputs[n]) for n in group]
+        asked = [i for n in group for i in alike[inputs[n]]]
+        rows, start = [], 0
+        for n in group:
+            start += len(inputs[n])
+            for i in alike[inputs[n]]:
                 rows += range(start - len(responses[i]), start)
-            flat = trunk.tensor([token for i in group for token in inputs[i]])
-            positions = trunk.tensor([p for n in lens for p in range(n)])
-            cu = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(trunk.device)
-            hidden = model.hidden(flat, positions, cu, lens=lens)[trunk.tensor(rows)]
-            trunk.counters["trunk_tokens"] += sum(lens)
-            trunk.counters["head_rows"] += len(rows)
-            head = kernels.linear_logprob(
-                hidden, model.lm_head_weight, trunk.tensor(targets), temperature=temperature, tiled=True
-            )
-            values = head.logprob.tolist()
-        for i in group:
-            result.append(values[: len(responses[i])])
+        flat = trunk.tensor([token for n in group for token in inputs[n]])
+        positions = trunk.tensor([p for n in lens for p in range(n)])
+        cu = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(trunk.device)
+        hidden = model.hidden(flat, positions, cu, lens=lens)[trunk.tensor(rows)]
+        trunk.counters["trunk_tokens"] += sum(lens)
+        trunk.counters["head_rows"] += len(rows)
+        targets = trunk.tensor([token for i in asked for token in responses[i]])
+        head = kernels.linear_logprob(hidden, model.lm_head_weight, targets, temperature=temperature, tiled=True)
+        values = head.logprob.tolist()
+        for i in asked:
+            result[i] = values[: len(responses[i])]
             del values[: len(responses[i])]
     return result
