@@ -5,8 +5,8 @@ from os.path import commonprefix  # of any sequences
 
 from cai_fast.engine.requests import Tree
 
-# An inner node costs a pass of its own for its level and, in every layer, an attention call for its length. On a CPU, at
-# hidden size 128, two prompts that share 16 tokens take as long either way; less is two answers that open alike.
+# An inner node costs a pass of its own for its level and, in every layer, an attention call for its length. On a CPU
+# two prompts that share 16 tokens take as long either way at hidden size 128; less is two answers that open alike.
 MIN_SHARED = 16
 
 
