@@ -8,7 +8,8 @@ from typing import Any
 from cai_fast import pipeline, rng
 from cai_fast.constitution import Principle
 from cai_fast.engine import Completion, Prefix, Sampling
-from cai_fast.pipeline import Context, KeyParts, Prefixes
+from cai_fast.pipeline import Context, KeyParts
+from cai_fast.prefixes import Prefixes
 from cai_fast.records import Helpful, Prompt, Revision, content_id
 from cai_fast.tokenizer import Finished, Rendered, Renderer
 

@@ -14,7 +14,8 @@ import torch
 from cai_fast import kernels, pipeline, rng
 from cai_fast.constitution import Principle
 from cai_fast.errors import InputError
-from cai_fast.pipeline import Context, KeyParts, Prefixes
+from cai_fast.pipeline import Context, KeyParts
+from cai_fast.prefixes import Prefixes
 from cai_fast.records import Comparison, Label, Turn, content_id
 from cai_fast.tokenizer import Rendered
 

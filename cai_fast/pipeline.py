@@ -5,9 +5,8 @@ Stages exchange files of the run folder and never import each other; everything 
 
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
-from cai_fast.engine import COUNTERS, Completion, Engine, Prefix, Sampling, token_tree
+from cai_fast.engine import COUNTERS, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
 from cai_fast.rundir import RunDir, hash_file, hash_model
 from cai_fast.runlog import RunLog
-from cai_fast.tokenizer import Options, Rendered, Renderer, Tokenizer
+from cai_fast.tokenizer import Renderer, Tokenizer
 
 TOY = "toy"
 CHECKPOINTS = "checkpoints"
@@ -282,84 +281,6 @@ def _journal_rows(ctx: Context, stage: str) -> dict[str, dict[str, Any]]:
         with Journal(path) as journal:
             rows.update((row["id"], row) for row in journal.rows())
     return rows
-
-
-class Prefixes:
-    """The few-shot blocks an engine has prefilled, one handle per distinct block."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._handles: dict[tuple[int, ...], Prefix] = {}
-
-    def handle(self, tokens: Sequence[int]) -> Prefix | None:
-        """Handle of a shared prefix; None for an empty one."""
-        block = tuple(tokens)
-        if not block:
-            return None
-        if block not in self._handles:
-            self._handles[block] = self.engine.prefix(list(block))
-        return self._handles[block]
-
-    def generate(
-        self,
-        rendered: Sequence[Rendered],
-        spec: Sampling,
-        keys: Sequence[int],
-        *,
-        after: Sequence[Prefix | None] | None = None,
-        keep: bool = False,
-    ) -> list[Completion]:
-        """One completion per rendered prompt, in order.
-
-        after: a kept handle per prompt; the tokens that it and the prompt both begin with are not computed again.
-        """
-        starts = [self._start(r, kept) for r, kept in zip(rendered, after or [None] * len(rendered), strict=True)]
-        prompts, handles = [ids for _, ids in starts], [handle for handle, _ in starts]
-        return self.engine.generate(prompts, spec, keys=list(keys), prefix=handles, keep=keep)
-
-    def _start(self, r: Rendered, kept: Prefix | None) -> tuple[Prefix | None, list[int]]:
-        """The handle that covers most of a prompt, and the tokens after it (at least one of a kept handle's)."""
-        shared = 0 if kept is None else len(commonprefix([kept.token_ids, (*r.prefix, *r.ids[:-1])]))
-        if shared <= len(r.prefix):
-            return self.handle(r.prefix), r.ids
-        return kept.cut(shared), r.ids[shared - len(r.prefix) :]
-
-    def score(
-        self, rendered: Sequence[Rendered], options: Options, groups: Sequence[Hashable]
-    ) -> tuple[list[list[float]], list[float]]:
-        """Log-probabilities [B][K] over the options after each prompt, and the options' share [B] of all tokens.
-
-        groups [B]: prompts of one group are scored as a tree. Nothing is shared between groups, so that a prompt's
-        bits do not depend on which other groups are asked about.
-        """
-        if options.sequences:
-            return self._score_sequences(rendered, options.sequences)
-        logprobs, masses = [[0.0]] * len(rendered), [0.0] * len(rendered)
-        alike: dict[tuple[int, ...], dict[Hashable, list[int]]] = {}
-        for index, (r, group) in enumerate(zip(rendered, groups, strict=True)):
-            alike.setdefault(tuple(r.prefix), {}).setdefault(group, []).append(index)
-        for prefix, members in alike.items():
-            trees, leaves, count = [], {}, 0
-            for indices in members.values():
-                tree, order = token_tree([rendered[index].ids + options.suffix for index in indices])
-                trees.append(tree)
-                leaves |= {index: count + leaf for index, leaf in zip(indices, order, strict=True)}
-                count += max(order) + 1
-            scored, mass = self.engine.score(trees, options.option_ids, prefix=self.handle(prefix), return_mass=True)
-            values, shares = scored.tolist(), mass.tolist()
-            for index, leaf in leaves.items():
-                logprobs[index], masses[index] = values[leaf], shares[leaf]
-        return logprobs, masses
-
-    def _score_sequences(
-        self, rendered: Sequence[Rendered], sequences: Sequence[Sequence[int]]
-    ) -> tuple[list[list[float]], list[float]]:
-        """The same where no single token tells the options apart: whole options, normalised over them."""
-        prompts = [[*r.prefix, *r.ids] for r in rendered for _ in sequences]
-        scored = self.engine.logprobs(prompts, [s for _ in rendered for s in sequences])
-        totals = torch.tensor([sum(row) for row in scored], dtype=torch.float64).view(len(rendered), len(sequences))
-        mass = totals.logsumexp(1)
-        return (totals - mass[:, None]).tolist(), mass.exp().tolist()
 
 
 def longest(renderer: Renderer, *lengths: int) -> int:

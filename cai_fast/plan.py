@@ -168,7 +168,8 @@ def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
     red = _limit(revise.num_red_team, n["red_team"])
     helpful = _limit(revise.num_helpful, n["helpful"]) * revise.helpful_samples
     steps = 2 if revise.critique else 1
-    chain = (1 + revise.rounds * steps) * (prompt + revise.max_new_tokens)
+    answered = prompt + revise.max_new_tokens
+    chain = (1 + revise.rounds * steps) * answered
     pairs = _limit(compare.num_prompts, n["red_team"]) * compare.pairs_per_prompt
     asked = label.principles * (2 if label.orders == "both" else 1) * (label.cot_samples if label.cot else 1)
     question = prompt + 2 * compare.max_new_tokens + (label.cot_max_new_tokens if label.cot else 0)
@@ -177,13 +178,13 @@ def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
     held_out = _limit(evaluate.num_red_team, n["red_team_eval"]) + _limit(evaluate.num_helpful, n["helpful_eval"])
     tokens = {
         "base": config.base.steps * config.base.tokens_per_step,
-        "revise": red * chain + helpful * (prompt + revise.max_new_tokens),
-        "sft": (red * revise.rounds + helpful) * (prompt + revise.max_new_tokens) * config.sft.epochs,
+        "revise": red * chain + helpful * answered,
+        "sft": (red * revise.rounds + helpful) * answered * config.sft.epochs,
         "compare": 2 * pairs * (prompt + compare.max_new_tokens),
         "label": pairs * asked * question,
         "pm": 2 * (pairs + n["preferences"]) * (prompt + compare.max_new_tokens) * config.pm.epochs,
         "rl": rollouts * answer,
-        "evaluate": (3 + chain // (prompt + revise.max_new_tokens)) * held_out * (prompt + evaluate.max_new_tokens),
+        "evaluate": (3 + chain // answered) * held_out * (prompt + evaluate.max_new_tokens),
         "report": 0,
     }
     micro = {"base": config.base.tokens_per_step, "sft": config.sft.micro_tokens, "pm": config.pm.micro_tokens,
@@ -197,6 +198,7 @@ def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
     for stage in config.stages:
         copies = trained.get(stage, 0)
         held, kept = _trained_bytes(config, width, step.get(stage, 0), micro.get(stage, 0))
+        waiting = min(revise.chunk, red) * revise.critique * (stage == "revise")  # critiques whose keys are kept
         slots = 0 if stage in ("base", "sft", "pm", "report") else config.engine.max_batch
         head = min(HEAD_ROWS, micro.get(stage, HEAD_ROWS)) * shape.config.vocab_size * 4 if stage != "report" else 0
         main_grad = (
@@ -207,7 +209,8 @@ def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
             name=stage,
             weights=models.get(stage, 1) * weights,
             training=copies * shape.params * held + main_grad,
-            cache=slots * max(question, answer, chain // max(1, revise.rounds)) * shape.cache_per_token * width,
+            cache=(slots * max(question, answer, chain // max(1, revise.rounds))
+                   + waiting * (answered + revise.critique_max_new_tokens)) * shape.cache_per_token * width,
             activations=active + head,
             disk=tokens[stage] * text / 2 * (stage not in ("base", "sft", "pm"))
             + copies * shape.params * (2 * width + kept),  # the exported model, and the state with its weights

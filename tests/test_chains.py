@@ -20,7 +20,8 @@ from cai_fast import records, rng
 from cai_fast.chains import Reviser, defect, repetition
 from cai_fast.engine import Completion
 from cai_fast.errors import InputError
-from cai_fast.pipeline import Context, Prefixes
+from cai_fast.pipeline import Context
+from cai_fast.prefixes import Prefixes
 from cai_fast.records import Prompt, Revision, Turn
 from cai_fast.stages import revise
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cai_fast import records, rng
 from cai_fast.errors import InputError
 from cai_fast.judging import Judge
-from cai_fast.pipeline import Context, Prefixes
+from cai_fast.pipeline import Context
+from cai_fast.prefixes import Prefixes
 from cai_fast.records import Comparison, Label, Prompt, Turn
 from cai_fast.stages import label
 from cai_fast.tokenizer import Options, Rendered

@@ -11,6 +11,7 @@ from tiny import alone
 from cai_fast import pipeline, train
 from cai_fast.config import load as load_config
 from cai_fast.judging import Judge
+from cai_fast.prefixes import Prefixes
 from cai_fast.rundir import RunDir
 from cai_fast.runlog import RunLog
 
@@ -66,8 +67,8 @@ def test_trees_change_no_bit_of_the_labels(folder: Path, tmp_path: Path, monkeyp
     labels = {row["comparison_id"]: row for row in written}
     turns = {p.id: p.turns for p in pipeline.load_prompts(ctx)}
     asked = [(c, turns[c.prompt_id]) for c in pipeline.load_comparisons(ctx) if c.source == "ai"]
-    score = pipeline.Prefixes.score
-    monkeypatch.setattr(pipeline.Prefixes, "score", lambda p, r, options, groups: score(p, r, options, range(len(r))))
+    score = Prefixes.score
+    monkeypatch.setattr(Prefixes, "score", lambda p, r, options, groups: score(p, r, options, range(len(r))))
     for row in Judge(ctx, "judge").label(asked):
         record = row["record"]
         assert json.loads(json.dumps(record)) == labels[record["comparison_id"]]
