@@ -16,7 +16,7 @@ from cai_fast.model.attention import Attend
 
 # The CPU kernel works on blocks of query rows, and a row of a full block does not depend on the rest of the block.
 # So rows and keys are aligned to blocks by their absolute position and padded with zeros: a token's bits then do not
-# depend on its neighbours, and up to some 130 to 380 keys (by machine: where MKL starts to split sums) neither on where
+# depend on its neighbours, and up to some 110 to 380 keys (by machine: where MKL starts to split sums) neither on where
 # a shared prefix ends.
 BLOCK = 32
 
