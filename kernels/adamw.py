@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import lazy_triton, select
+from .common import check_number, lazy_triton, select
 from .sampling import philox4x32
 
 QUARTER = 1024
@@ -66,6 +66,8 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     int16 means one master. To even, a tie rounded down would leave +2^15, which int16 cannot hold. The largest fp32
     numbers have infinity for their nearest bf16, and still join. A NaN becomes one whose remainder is 0.
     """
+    if master.dtype != torch.float32:
+        raise ValueError(f"split_master: expected float32, got {master.dtype}")
     bits = master.view(torch.int32)
     high = (bits + _HALF) >> 16
     low = bits - (high << 16)
@@ -76,6 +78,11 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 masters of bf16 parameters and their int16 remainders, exactly."""
+    if (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16) or param.shape != remainder.shape:
+        raise ValueError(
+            f"join_master: expected bfloat16 and int16 of one shape, got {param.dtype} {list(param.shape)} and "
+            f"{remainder.dtype} {list(remainder.shape)}"
+        )
     return ((param.view(torch.int16).int() << 16) + remainder).view(torch.float32)
 
 
@@ -172,10 +179,14 @@ def adamw_step(
     multiplies the gradient, so that clipping by a norm needs no pass of its own and nothing is read on the host.
     """
     _check_step(param, remainder, grad, exp_avg, exp_avg_sq)
-    if step < 1 or not 0 <= key < 2**63:
+    for name, value, low in (("lr", lr, 0), ("eps", eps, 0), ("weight_decay", weight_decay, 0)):
+        check_number("adamw_step", name, value, low)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_step: betas must be two numbers in [0, 1), got {betas}")
+    if not isinstance(step, int) or not isinstance(key, int) or step < 1 or not 0 <= key < 2**63:
         raise ValueError(f"adamw_step: expected step >= 1 and key in [0, 2^63), got step {step}, key {key}")
-    if clip is not None and (clip.numel() != 1 or clip.dtype != torch.float32):
-        raise ValueError(f"adamw_step: clip must be one float32 number, got {list(clip.shape)} {clip.dtype}")
+    if clip is not None and (not isinstance(clip, Tensor) or clip.numel() != 1 or clip.dtype != torch.float32):
+        raise ValueError(f"adamw_step: clip must be one float32 number, got {clip!r}")
     settings = Settings(*map(float, (lr, *betas, eps, weight_decay)), step)  # an int would be compiled into the kernel
     implementation = select("adamw_step", _STEP, backend, param.device)
     if param.numel():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import accumulate_dtype, lazy_triton, select
+from .common import accumulate_dtype, check_tensor, lazy_triton, select
 
 
 def _dense_reference(
@@ -83,6 +83,13 @@ def paged_attention(
             f"paged_attention: expected query [B, Hq, D] and pages [pages, Hkv, page_size, D], got "
             f"{list(query.shape)}, {list(k_pages.shape)}, {list(v_pages.shape)}"
         )
+    for name, value in (("block_table", block_table), ("seq_lens", seq_lens)):
+        check_tensor("paged_attention", name, value, integer=True)
+    if block_table.dim() != 2 or seq_lens.shape != query.shape[:1] or block_table.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"paged_attention: expected block_table [B, P] and seq_lens [B] for {query.shape[0]} sequences, got "
+            f"{list(block_table.shape)} and {list(seq_lens.shape)}"
+        )
     implementation = select("paged_attention", _IMPLEMENTATIONS, backend, query.device)
     out, lse = implementation(
         query,
@@ -109,4 +116,7 @@ def merge_attention(
     out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets from each one's (out [..., D], lse [...])."""
+    if out1.shape != out2.shape or lse1.shape != lse2.shape or out1.shape[:-1] != lse1.shape:
+        shapes = [list(t.shape) for t in (out1, lse1, out2, lse2)]
+        raise ValueError(f"merge_attention: expected two out [..., D] and two lse [...], got {shapes}")
     return select("merge_attention", _MERGE, backend, out1.device)(out1, lse1, out2, lse2)

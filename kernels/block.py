@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .common import accumulate_dtype, differentiates, lazy_triton, select
+from .common import accumulate_dtype, check_number, check_tensor, differentiates, lazy_triton, select
 
 
 def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,10 @@ def rms_norm(
     x, residual [..., H] of one dtype, weight [H]. With a residual: (norm of the sum, sum), where sum = x + residual is
     rounded to its dtype before the norm is taken; both results are differentiable.
     """
+    check_tensor("rms_norm", "x", x)
+    check_number("rms_norm", "eps", eps, 0)
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: expected x [..., H] and weight [H], got {list(x.shape)} and {list(weight.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual must have x's shape {list(x.shape)} and dtype {x.dtype}. "
@@ -152,4 +156,8 @@ _SWIGLU = {"reference": _swiglu_reference, "chunked": _swiglu_chunked, "triton":
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020); gate and up of one shape."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"swiglu: gate and up must be alike, got {list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}"
+        )
     return select("swiglu", _SWIGLU, backend, gate.device)(gate, up)

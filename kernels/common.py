@@ -6,6 +6,7 @@ Shapes: N rows (tokens), H hidden, V vocabulary, C rows of one chunk. Logits and
 
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -82,7 +83,10 @@ def differentiates(*tensors: Tensor) -> bool:
 
 
 def check_head(op: str, hidden: Tensor, weight: Tensor, **rows: Tensor | None) -> None:
-    """Raise ValueError unless hidden is [N, H], weight [V, H] and every named row tensor [N]."""
+    """Raise ValueError unless hidden is [N, H], weight [V, H] and every named row tensor [N], all on one device."""
+    check_tensor(op, "weight", weight)
+    for name, value in {"hidden": hidden, **rows}.items():
+        check_tensor(op, name, value, integer=name == "targets", device=weight.device)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(
             f"{op}: expected hidden [N, H] and weight [V >= 1, H], got {list(hidden.shape)} and {list(weight.shape)}"
@@ -92,9 +96,29 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, **rows: Tensor | None) -
             raise ValueError(f"{op}: expected {name} of shape [{hidden.shape[0]}], got {list(value.shape)}")
 
 
+def check_tensor(op: str, name: str, value: Any, *, integer: bool = False, device: torch.device | None = None) -> None:
+    """Raise ValueError unless `value` is a tensor of floating-point (or integer) type, on `device`; None passes."""
+    if value is None:
+        return
+    kind = "an integer" if integer else "a floating-point"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name} must be {kind} tensor, got {type(value).__name__}")
+    right = not (value.is_floating_point() or value.dtype == torch.bool) if integer else value.is_floating_point()
+    if not right:
+        raise ValueError(f"{op}: {name} must be {kind} tensor, got {value.dtype}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
+
+
+def check_number(op: str, name: str, value: Any, low: float, *, above: bool = False) -> None:
+    """Raise ValueError unless `value` is a finite number >= low (`above`: > low)."""
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not (number and (value > low if above else value >= low)):
+        raise ValueError(f"{op}: {name} must be a finite number {'>' if above else '>='} {low:g}, got {value!r}")
+
+
 def check_temperature(op: str, temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
+    check_number(op, "temperature", temperature, 0, above=True)
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:

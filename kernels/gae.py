@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import accumulate_dtype, lazy_triton, select
+from .common import accumulate_dtype, check_tensor, lazy_triton, select
 
 
 def _delta(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
@@ -55,10 +55,16 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """(advantages[T], returns[T]) in fp32: A_t = sum_k (gamma lam)^k delta_{t+k}, returns = A + values.
 
-    rewards, values [T] packed; cu_seqlens [S+1] int, from 0 to T. The value after a sequence's last token is 0.
+    rewards, values [T] packed; cu_seqlens [S+1] int, rising from 0 to T, which is not read on the host and so not
+    checked. The value after a sequence's last token is 0. No gradient is formed.
     """
     if rewards.shape != values.shape or rewards.dim() != 1:
         raise ValueError(f"gae: expected rewards and values [T], got {list(rewards.shape)} and {list(values.shape)}")
+    check_tensor("gae", "cu_seqlens", cu_seqlens, integer=True)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < (2 if values.shape[0] else 1):
+        raise ValueError(
+            f"gae: expected cu_seqlens [S+1] from 0 to T = {values.shape[0]}, got {list(cu_seqlens.shape)}"
+        )
     implementation = select("gae", _IMPLEMENTATIONS, backend, values.device)
     dtype = accumulate_dtype(values.dtype)
     rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)

@@ -39,8 +39,9 @@ def linear_cross_entropy(
     hidden [N, H], weight [V, H], targets [N] int64, weights [N]. Rows with a target outside [0, V) or weight 0 are
     left out before any matrix product. scale is the global 1/count: nothing divides later.
 
-    With `weight.main_grad` set (see common.main_grad_of) the weight's gradient is added to it in the forward, and the
-    loss must be differentiated exactly once, with an upstream gradient of 1: put factors into `scale`.
+    With `weight.main_grad`, an fp32 [V, H] buffer (see main_grad_of in common.py), the weight's
+    gradient is added to it in the forward, and the loss must be differentiated exactly once, with an
+    upstream gradient of 1: put factors into `scale`.
     """
     check_head("linear_cross_entropy", hidden, weight, targets=targets, weights=weights)
     implementation = select("linear_cross_entropy", _IMPLEMENTATIONS, backend, hidden.device)

@@ -166,8 +166,8 @@ def linear_kl(
 
     hidden [N, H], weight [V, H]; ref_hidden [N, H'], ref_weight [V, H'] (H' may differ). With targets [N] both
     models' log-probabilities of them come along. Only the policy receives a gradient.
-    With `weight.main_grad` set (see common.main_grad_of) the backward adds the weight's gradient to it, for any
-    upstream gradient; the forward holds a [V, H] gradient of its own until then.
+    With `weight.main_grad`, an fp32 [V, H] buffer (see main_grad_of in common.py), the backward adds
+    the weight's gradient to it, for any upstream gradient; the forward holds a [V, H] gradient of its own until then.
     """
     check_head("linear_kl", hidden, weight, targets=targets)
     check_head("linear_kl (reference)", ref_hidden, ref_weight)

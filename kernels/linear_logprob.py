@@ -126,8 +126,8 @@ def linear_logprob(
     """Log-probability of each row's target, log-sum-exp and, if asked, entropy: fp32, differentiable.
 
     hidden [N, H], weight [V, H], targets [N] int64. A row's result does not depend on the rows around it
-    (on CUDA: see common.logit_chunks). With `weight.main_grad` set (see common.main_grad_of) the backward adds the
-    weight's gradient to it, for any upstream gradient.
+    (on CUDA: see common.logit_chunks). With `weight.main_grad`, an fp32 [V, H] buffer (see main_grad_of in
+    common.py), the backward adds the weight's gradient to it, for any upstream gradient.
 
     tiled: for inference only. No gradient is formed, and on Triton the logits exist but as one tile in the L2 cache,
     which takes less than 64 MB in place of a chunk of rows times V. Its sums run in another order, so that the last

@@ -16,6 +16,7 @@ from .common import (
     LOG_RATIO_LIMIT,
     accumulate_dtype,
     check_head,
+    check_number,
     check_temperature,
     kept_rows,
     lazy_triton,
@@ -150,13 +151,15 @@ def linear_policy_loss(
     temperature, hidden states and head: on CPU always; on CUDA if that call saw the same rows in the same order and no
     row was dropped here, which without `weights` none is (see common.logit_chunks).
 
-    With `weight.main_grad` set (see common.main_grad_of) the weight's gradient is added to it in the forward, and the
-    loss must be differentiated exactly once, with an upstream gradient of 1: put factors into `scale`.
+    With `weight.main_grad`, an fp32 [V, H] buffer (see main_grad_of in common.py), the weight's
+    gradient is added to it in the forward, and the loss must be differentiated exactly once, with an
+    upstream gradient of 1: put factors into `scale`.
     """
     op = "linear_policy_loss"
     rows = {"old_logprob": old_logprob, "advantage": advantage, "weights": weights, "ref_logprob": ref_logprob}
     check_head(op, hidden, weight, targets=targets, **rows)
     check_temperature(op, temperature)
+    check_number(op, "clip_coef", clip_coef, 0)
     if kl_estimator not in ("k2", "k3"):
         hint = " (k1 as a loss has a zero-mean gradient: put it in the reward)" if kl_estimator == "k1" else ""
         raise ValueError(f"{op}: kl_estimator must be 'k2' or 'k3', got {kl_estimator!r}{hint}")

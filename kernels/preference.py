@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import accumulate_dtype, lazy_triton, select
+from .common import accumulate_dtype, check_tensor, lazy_triton, select
 
 _MIN_ROWS = 32  # as in common.py: fewer rows may take another GEMM path with other roundings
 
@@ -54,6 +54,7 @@ def score_options(hidden: Tensor, weight: Tensor, option_ids: Tensor, *, backend
     hidden [B, H], weight [V, H], option_ids [K, G] int64: the G token variants of an option, -1 = absent, whose
     probabilities are summed. Only those rows of weight are read.
     """
+    check_tensor("score_options", "option_ids", option_ids, integer=True)
     if hidden.dim() != 2 or option_ids.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"score_options: expected hidden [B, H], weight [V, H], option_ids [K, G], got {list(hidden.shape)}, "
@@ -89,6 +90,8 @@ def preference_labels(
     """
     if logprob.dim() != 4 or logprob.shape[2:] != (2, 2):
         raise ValueError(f"preference_labels: expected [C, P, 2, 2], got {list(logprob.shape)}")
+    if clamp is not None and not 0 <= clamp[0] <= clamp[1] <= 1:
+        raise ValueError(f"preference_labels: clamp must be (lo, hi) with 0 <= lo <= hi <= 1, got {clamp}")
     return PreferenceLabels(*select("preference_labels", _LABELS, backend, logprob.device)(logprob, clamp))
 
 
@@ -101,6 +104,12 @@ def preference_loss(
     scale: float | Tensor = 1.0,
 ) -> PreferenceLoss:
     """Soft Bradley-Terry: scale x sum_c weights_c CE(prob_a_c, sigmoid(reward_a_c - reward_b_c)); all inputs [C]."""
+    given = {"reward_a": reward_a, "reward_b": reward_b, "prob_a": prob_a, "weights": weights}
+    for name, value in given.items():
+        check_tensor("preference_loss", name, value)
+        if value is not None and (value.dim() != 1 or value.shape != reward_a.shape):
+            shapes = {n: list(v.shape) for n, v in given.items() if v is not None}
+            raise ValueError(f"preference_loss: expected {name} [C] as all others, got {shapes}")
     dtype = accumulate_dtype(reward_a.dtype)
     margin = reward_a.to(dtype) - reward_b.to(dtype)
     prob_a = prob_a.to(dtype)

@@ -127,5 +127,5 @@ def test_tiled_refuses_to_lose_a_gradient(head, backend: str) -> None:
 
 def test_temperature_must_be_positive(head) -> None:
     hidden, weight, targets = head(2, 2, 2)
-    with pytest.raises(ValueError, match="linear_logprob: temperature must be > 0, got 0"):
+    with pytest.raises(ValueError, match="linear_logprob: temperature must be a finite number > 0, got 0"):
         linear_logprob(hidden, weight, targets, temperature=0)
