@@ -295,6 +295,42 @@ def test_gpu_agrees_with_chunked(monkeypatch: pytest.MonkeyPatch, op: Callable, 
         assert difference <= (8e-3 if ours.dtype == torch.bfloat16 else 1e-4) * chunked.double().norm().clamp_min(1e-3)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 10.0])
+def test_cold_and_hot(temperature: float) -> None:
+    p = problem(torch.float32)
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        h, w = (p[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight"))
+        old = base(p, dtype) + p["old"].to(dtype)
+        own = linear_logprob(h, w, p["targets"], temperature=temperature, entropy=True, backend=backend)
+        loss = linear_policy_loss(
+            h, w, p["targets"], old, p["advantage"].to(dtype), temperature=temperature, backend=backend
+        ).loss
+        kl = linear_kl(h, w, p["ref_hidden"].to(dtype), w.detach(), temperature=temperature, backend=backend).kl
+        total = own.logprob.sum() + own.entropy.sum() + loss + kl.sum()
+        return [*own, loss, kl, *torch.autograd.grad(total, (h, w))]
+
+    exact, torchs = run(torch.float64, "reference"), run(torch.float32, "reference")
+    for ours, plain, truth in zip(run(torch.float32, "triton"), torchs, exact, strict=True):
+        error, torch_error = ((x.double() - truth).abs().max().item() for x in (ours, plain))
+        assert error <= 2 * torch_error + 1e-6 * max(1.0, truth.abs().max().item())
+
+
+def test_a_ratio_at_the_bound_is_not_clipped_and_no_advantage_gives_no_gradient() -> None:
+    p = problem(torch.float32)
+    h, w = (p[name].detach().clone().requires_grad_() for name in ("hidden", "weight"))
+    old = linear_logprob(h.detach(), w.detach(), p["targets"], backend="triton").logprob
+    advantage = p["advantage"].float()
+    loss = linear_policy_loss(h, w, p["targets"], old, advantage, clip_coef=0.0, backend="triton")
+    assert float(loss.stats["clipped"]) == 0 and float(loss.stats["ratio"]) == ROWS
+    chosen = linear_logprob(h, w, p["targets"], backend="reference").logprob
+    expected = torch.autograd.grad(-(advantage * chosen).sum(), (h, w))
+    for ours, plain in zip(torch.autograd.grad(loss.loss, (h, w)), expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    none = linear_policy_loss(h, w, p["targets"], old - 0.5, torch.zeros_like(advantage), backend="triton").loss
+    assert float(none.detach()) == 0 and not any(g.any() for g in torch.autograd.grad(none, (h, w)))
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 @pytest.mark.parametrize("where", ["hidden", "weight"])
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
