@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,3 +46,12 @@ def build_once(shared_folder: Path) -> Callable[[str, Callable[[Path], None]], P
         return folder
 
     return get
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Operations this small only lose by being shared between threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,7 +1,6 @@
 """The engine: equality with the trainer and transformers, independence of batching, stopping, limits, slots."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,13 +45,7 @@ def make_model(config: ModelConfig = CONFIG, seed: int = 0) -> Model:
     return init_random(config, seed, std=0.3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations this small only lose by being shared between threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

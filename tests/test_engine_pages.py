@@ -3,7 +3,7 @@
 import gc
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -21,13 +21,7 @@ SIZES = [1, 16, 64]
 SHARED = [(7 * i + i // 5) % VOCAB for i in range(45)]  # with pages of 16: two full ones and a partial one
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations this small only lose by being shared between threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

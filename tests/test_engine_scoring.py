@@ -1,7 +1,6 @@
 """Option scoring: prompts, trees and prefixes give what separate full forwards give."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,13 +14,7 @@ from cai_fast.model import Model
 OPTIONS = [[1, 7], [2, -1], [9, 11]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations this small only lose by being shared between threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
