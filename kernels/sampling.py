@@ -111,6 +111,7 @@ def sample_tokens(
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
     uniform: Tensor | None = None,
+    truncate: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(token[B] int64, logprob[B] f32) drawn by inverse CDF with one uniform per row.
@@ -118,10 +119,13 @@ def sample_tokens(
     logits [B, V]; keys, positions [B] int64 name the row's randomness (`uniform` [B] float64: the same numbers made
     ahead by philox_uniform). temperature, top_k and top_p are scalars or [B]. Temperature 0 is greedy, ties to the
     lowest index. logprob is that of the distribution sampled from (greedy: 0).
+    truncate: whether any top_k or top_p is on; None: found out. A caller who knows has checked the settings too, and
+    nothing is then read back from the device, so that the call can stand in a CUDA graph.
     """
-    _check_settings(temperature, top_k, top_p)
+    if truncate is None:
+        _check_settings(temperature, top_k, top_p)
+        truncate = not (_is_off(top_k, 0) and _is_off(top_p, 1))
     if not isinstance(temperature, Tensor) and temperature == 0:
         return logits.argmax(-1), torch.zeros(logits.shape[0], device=logits.device)
     implementation = select("sample_tokens", _SAMPLE, backend, logits.device)
-    truncate = not (_is_off(top_k, 0) and _is_off(top_p, 1))
     return implementation(logits, keys, positions, temperature, top_k, top_p, uniform, truncate)
