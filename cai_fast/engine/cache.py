@@ -59,6 +59,12 @@ class SlotCache:
         """
         return True
 
+    def seat(self, rows: slice) -> None:
+        """Make rows that were reserved ready for use."""
+
+    def vacate(self, rows: slice) -> None:
+        """Rows that nobody is in any more: what a padded batch writes to them goes where nobody reads."""
+
     def release(self, rows: Iterable[int]) -> None:
         """Give back what the rows hold."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,10 +10,12 @@ from torch import Tensor
 from cai_fast.engine import scoring
 from cai_fast.engine.attend import BLOCK
 from cai_fast.engine.cache import PageUse, round_up
+from cai_fast.engine.graphs import BURST, Graphs, batch_bucket, context_bucket
 from cai_fast.engine.pages import make_cache
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.requests import Completion, Sampling, Tree
-from cai_fast.engine.rows import Rows
+from cai_fast.engine.rows import Ended, Rows
+from cai_fast.engine.state import DecodeState
 from cai_fast.engine.stops import Decodes, StopStrings
 from cai_fast.engine.trunk import Trunk
 from cai_fast.errors import InputError
@@ -40,13 +43,17 @@ class _Request:
 class Engine:
     """Generates and scores with `model`, at most `max_batch` requests of `max_len` tokens at a time.
 
-    deterministic: every GEMM has a multiple of 32 rows and attention runs on aligned blocks, so that on one machine
-    a request's tokens and log-probs are bitwise the same alone, in any batch or order, and with any `max_batch`.
+    deterministic: on a CPU every GEMM has a number of rows at which a row's bits do not depend on it and attention runs
+    on aligned blocks, so that on one machine a request's tokens and log-probs are bitwise the same alone, in any batch
+    or order, and with any `max_batch`; on a GPU every pass has one shape, fixed by `max_batch` and `prefill_tokens`.
     `prefill_tokens` bounds one prefill or scoring pass, `tokenizer` is needed for stop strings only, `counters` adds
-    up work since the engine was made.
+    up work since the engine was made. longest_first: start the requests that may last longest first, so that none is
+    left running alone; else in their order.
     page_size: tokens a page of the KV cache, 0 = one slot of max_len a request; by default 0 on CPU and for models with
     a shorter sliding window, 64 on CUDA. num_pages: by default what max_batch requests of max_len need, on CUDA at most
     half of the free memory. Requests wait while pages are short; InputError if one of max_len would never fit.
+    pipelined (by default on CUDA): decode steps are replayed from CUDA graphs, one per bucket of rows and of positions,
+    and queued in bursts, whose flags are read when the next burst is under way.
     """
 
     def __init__(
@@ -60,6 +67,8 @@ class Engine:
         tokenizer: Decodes | None = None,
         page_size: int | None = None,
         num_pages: int | None = None,
+        longest_first: bool = True,
+        pipelined: bool | None = None,
     ) -> None:
         limit = model.config.max_position_embeddings
         if max_batch < 1 or prefill_tokens < 1 or not 1 <= max_len <= limit:
@@ -69,7 +78,8 @@ class Engine:
             )
         weight = model.lm_head_weight.detach()
         self.model, self.max_batch, self.max_len, self.prefill_tokens = model, max_batch, max_len, prefill_tokens
-        self.deterministic, self._trunk = deterministic, Trunk(model, deterministic)
+        self.deterministic, self.longest_first = deterministic, longest_first
+        self._trunk = Trunk(model, deterministic, prefill_tokens)
         self._cache = make_cache(
             model.config,
             weight,
@@ -79,10 +89,12 @@ class Engine:
             num_pages=num_pages,
             fixed=deterministic,
         )
-        self._stops = None if tokenizer is None else StopStrings(tokenizer, model.config.vocab_size, weight.device)
+        self._stops = None if tokenizer is None else StopStrings(tokenizer, model.config.vocab_size)
         self._slots = round_up(max_batch, BLOCK)  # rows of the decode state: every padded batch fits
         self._cu = torch.arange(self._slots + 1, dtype=torch.int32, device=weight.device)
         self._epoch = 0
+        self._pipelined = weight.is_cuda if pipelined is None else pipelined
+        self._graphs, self._state = Graphs(weight.device), None
 
     @property
     def counters(self) -> dict[str, int]:
@@ -186,13 +198,17 @@ class Engine:
                     progress(index, completion)
 
         finish([(r.index, Completion([], [], "length")) for r in queue if r.sampling.max_new_tokens == 0])
-        # Taken from the end, longest first, so that no long request is left running alone. Equal prompts stay together.
-        queue = sorted((r for r in queue if r.sampling.max_new_tokens), key=lambda r: r.total)
+        # Taken from the end. Equal prompts stay together.
+        queue = [r for r in queue if r.sampling.max_new_tokens][:: 1 if self.longest_first else -1]
+        if self.longest_first:
+            queue.sort(key=lambda r: r.total)
         if queue:
             try:
                 self._run(queue, finish, requests if keep else None)
             finally:
                 self._cache.clear()
+                self._cache.vacate(slice(0, self.max_batch))
+                self._state.end(slice(0, self._slots))
         return [done[i] for i in range(len(prompts))]
 
     def _run(
@@ -201,7 +217,8 @@ class Engine:
     ) -> None:  # fmt: skip
         """Admit requests from the queue's end and decode until all have finished; `kept_of`: all requests by their
         index, if handles are to be kept."""
-        rows = Rows(self._cache, self._slots, [r.sampling for r in queue], self._stops)
+        rows = Rows(self._cache, self._state_for([r.sampling for r in queue]), [r.sampling for r in queue], self._stops)
+        version = self._addresses(), *rows.state.version
         limit = self.max_batch
         while queue or len(rows):
             ready: list[_Request] = []
@@ -212,12 +229,33 @@ class Engine:
                 limit = min(self.max_batch, len(rows) + len(ready)) if queue else self.max_batch
                 if not ready and not len(rows):
                     raise RuntimeError(f"engine: no request runs and pages are short: {self._cache.usage()}")
-            flagged = self._admit(rows, ready) if ready else self._decode(rows)
-            self.counters["host_syncs"] += 1  # the flags of this step
-            if flagged:
-                ended = rows.finished(flagged)
-                kept = {} if kept_of is None else self._kept(rows, [row for row, _ in ended], kept_of)
+            if ready:
+                self._admit(rows, ready)
+            elif self._pipelined:
+                for _ in range(min(BURST, rows.left())):
+                    self._replay(rows, version)
+            else:
+                self._decode(rows)
+            self.counters["host_syncs"] += 1  # the flags
+            last = not rows.left()
+            if flagged := rows.look(wait=last):
+                ended = rows.ended(flagged)
+                kept = {} if kept_of is None else self._kept(rows, ended, kept_of)
                 finish([(i, replace(c, kept=kept[i]) if kept else c) for i, c in rows.leave(ended)])
+            if last and len(rows):
+                raise RuntimeError(f"engine: {len(rows)} rows go on beyond their token limit")
+
+    def _state_for(self, samplings: list[Sampling]) -> DecodeState:
+        """The decode state, made anew only where the last one is too small: graphs hold its addresses."""
+        most = max(s.max_new_tokens for s in samplings)
+        ends = max(1, max(len(s.stop_token_ids) for s in samplings))
+        if self._state is None or not self._state.serves(most, ends):
+            self._state = DecodeState(self._slots, most, ends, self._trunk.device, pipelined=self._pipelined)
+        return self._state
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where the weights are; an update in place leaves them there."""
+        return tuple(p.data_ptr() for p in self.model.parameters()) if self._pipelined else ()
 
     def _reserve(self, queue: list[_Request], start: int) -> list[_Request]:
         """Take requests from the queue's end for the rows from `start` on, while there are rows and room."""
@@ -233,15 +271,15 @@ class Engine:
             ready.append(queue.pop())
         return ready
 
-    def _kept(self, rows: Rows, ended: list[int], requests: list[_Request]) -> dict[int, Prefix]:
+    def _kept(self, rows: Rows, ended: list[Ended], requests: list[_Request]) -> dict[int, Prefix]:
         """Handles of the rows that are about to leave, by request."""
         kept, version = {}, self._version()
-        for row in ended:
-            request = requests[rows.active[row].request]
+        for one in ended:
+            request = requests[rows.active[one.row].request]
             before = request.length - len(request.prompt)
-            drawn = [] if self.deterministic else rows.tokens(row)[:-1]  # the last one was never an input
+            drawn = [] if self.deterministic else one.tokens[:-1]  # the last one was never an input
             tokens = [*request.prompt, *drawn]
-            own = self._cache.read(row, before + len(tokens))[:, :, :, before:].clone()
+            own = self._cache.read(one.row, before + len(tokens))[:, :, :, before:].clone()
             shared = request.prefix or Prefix((), (), None, version)
             kept[request.index] = Prefix((*shared.token_ids, *tokens), (*shared.stretches, own), None, version)
         return kept
@@ -279,7 +317,7 @@ class Engine:
                 raise InputError("engine: stop strings need a tokenizer; pass tokenizer= to Engine")
         return requests
 
-    def _admit(self, rows: Rows, requests: list[_Request]) -> list[tuple[int, int]]:
+    def _admit(self, rows: Rows, requests: list[_Request]) -> None:
         """Prefill requests into their rows and sample their first tokens; equal prompts are computed once."""
         at = rows.join(
             [r.index for r in requests],
@@ -287,6 +325,7 @@ class Engine:
             [r.length for r in requests],
             [r.key for r in requests],
         )
+        self._cache.seat(at)
         twins = [n if r.twin is None else r.twin for n, r in enumerate(requests)]
         unique = [n for n, r in enumerate(requests) if r.twin is None]
         hidden = self._cache.kv.new_empty(len(requests), self.model.config.hidden_size)
@@ -296,7 +335,7 @@ class Engine:
         for n, source in enumerate(twins):
             if n != source:
                 self._cache.share(at.start + n, at.start + source, requests[n].length)
-        return rows.emit(at, self._trunk.logits(hidden[twins]))
+        rows.emit(at, self._trunk.logits(hidden[twins]))
 
     def _prefill(self, requests: list[_Request], rows: list[int]) -> Tensor:
         """Write the prompts' keys and values into their rows -> [n, H]: what predicts each first token."""
@@ -316,10 +355,33 @@ class Engine:
         self.counters["prefill_tokens"] += hidden.shape[0]
         return trunk.last(hidden, [len(prompt) for prompt in prompts], prefixes)
 
-    def _decode(self, rows: Rows) -> list[tuple[int, int]]:
+    def _decode(self, rows: Rows) -> None:
         """One more token for every active row."""
-        cache, count, width = self._cache, len(rows), self._cache.width(rows.width())
-        logits = self._trunk.decode(rows.token, rows.position, cache, count, width, self._cu)
-        self.counters["kv_bytes"] += (rows.cached() if cache.ragged else count * width) * cache.bytes_per_token
+        count, width = len(rows), self._cache.width(rows.width())
+        rows.emit(slice(0, count), self._forward(rows.state, count, self._trunk.rows(count), width))
+        self._count_step(rows, count, self._trunk.rows(count), width)
+
+    def _replay(self, rows: Rows, version: tuple) -> None:
+        """The same from a graph, whose rows and positions may be more than are needed."""
+        count, cache = len(rows), self._cache
+        batch, width = self.max_batch, cache.width(self.max_len)
+        if not self.deterministic:
+            batch, width = batch_bucket(count, batch), context_bucket(cache.width(rows.width()), width)
+        self._graphs.run((batch, width), version, partial(self._step, rows.state, batch, width))
+        self._count_step(rows, count, batch, width)
+
+    def _step(self, state: DecodeState, batch: int, width: int) -> None:
+        """What is captured: no host read, nothing that depends on the requests but through tensors."""
+        state.advance(slice(0, batch), self._forward(state, batch, batch, width))
+
+    def _forward(self, state: DecodeState, count: int, rows: int, width: int) -> Tensor:
+        return self._trunk.decode(state.token, state.position, self._cache, count, rows, width, self._cu)[:count]
+
+    def _count_step(self, rows: Rows, count: int, padded: int, width: int) -> None:
+        """Count the work of a step for `count` rows in a batch of `padded`."""
+        cached = rows.cached() if self._cache.ragged else count * width
+        self.counters["kv_bytes"] += cached * self._cache.bytes_per_token
+        self.counters["trunk_tokens"] += count
+        self.counters["padding_tokens"] += padded - count
+        self.counters["head_rows"] += count
         rows.step += 1
-        return rows.emit(slice(0, count), logits)

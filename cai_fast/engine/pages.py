@@ -13,6 +13,7 @@ from torch import Tensor
 from cai_fast import kernels
 from cai_fast.engine.cache import WIDTH_STEP, PageUse, Read, SlotCache, round_up
 from cai_fast.engine.prefix import Prefix
+from cai_fast.engine.state import to_device
 from cai_fast.errors import InputError
 from cai_fast.model import ModelConfig
 
@@ -33,8 +34,10 @@ class PagedCache(SlotCache):
         self, config: ModelConfig, pages: int, page_size: int, like: Tensor, *, rows: int, max_len: int, fixed: bool
     ) -> None:
         """fixed: every decode step has the shape of one with a row of `max_len`."""
-        super().__init__(config.num_layers, pages, config.num_kv_heads, page_size, config.head_dim, like)
-        self.table = torch.zeros(rows, -(-max_len // page_size), dtype=torch.int32, device=like.device)
+        # One page more: padding rows write their keys to it.
+        super().__init__(config.num_layers, pages + 1, config.num_kv_heads, page_size, config.head_dim, like)
+        shape = rows, -(-max_len // page_size)
+        self.trash, self.table = pages, torch.full(shape, pages, dtype=torch.int32, device=like.device)
         self.fixed, self.peak = fixed, 0
         self._refs, self._free = [0] * pages, list(reversed(range(pages)))
         self._rows: dict[int, list[int]] = {}
@@ -78,8 +81,17 @@ class PagedCache(SlotCache):
         for page in shared:
             self._refs[page] += 1
         self._rows[row] = [*shared, *self._take(needed - len(shared))]
-        self.table[row, :needed] = torch.tensor(self._rows[row], dtype=torch.int32).to(self.table.device)
         return True
+
+    def seat(self, rows: slice) -> None:
+        """See `SlotCache.seat`: the rows' pages go to the block table."""
+        owned = [self._rows[row] for row in range(rows.start, rows.stop)]
+        filled = [[*pages, *[self.trash] * (self.table.shape[1] - len(pages))] for pages in owned]
+        self.table[rows] = to_device(filled, torch.int32, self.table.device)
+
+    def vacate(self, rows: slice) -> None:
+        """See `SlotCache.vacate`."""
+        self.table[rows] = self.trash
 
     def _place(self, prefix: Prefix) -> list[int]:
         """Copy the prefix's full pages into the pool."""

@@ -1,29 +1,23 @@
-"""Decode state of the requests in flight: tensors with one row a slot, rows 0..n-1 active, no holes."""
+"""What the host knows of the requests in flight: who sits in which row, who has ended, and when it may look.
 
+A GPU is kept busy by queueing steps before the flags of the last ones are read: `look` then returns what was posted
+LAG calls before, and rows that ended meanwhile have stood still on the device.
+"""
+
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cai_fast import kernels
 from cai_fast.engine.cache import SlotCache
 from cai_fast.engine.requests import Completion, Sampling
+from cai_fast.engine.state import FULL, LOOK, STOPPED, DecodeState, Law, law, to_device
 from cai_fast.engine.stops import StopStrings
 
-STOPPED, FULL, LOOK = 1, 2, 4  # flags of one step: stop token; token limit; a stop string may have ended
-
-
-class _Law(NamedTuple):
-    """The distribution a token is drawn from, as `kernels.sample_tokens` names it."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-
-
-def _law(sampling: Sampling) -> _Law:
-    return _Law(sampling.temperature, sampling.top_k, sampling.top_p)
+LAG = 1  # posted flags that stay unread, when pipelined
 
 
 @dataclass
@@ -34,8 +28,10 @@ class _Host:
     sampling: Sampling
     prompt: int  # tokens
     born: int  # step number at which its first token was sampled
+    looked: int = 0  # tokens already searched for stop strings
 
     def generated(self, step: int) -> int:
+        """Tokens it has sampled, unless it has ended before."""
         return step - self.born + 1
 
     def length(self, step: int) -> int:
@@ -43,44 +39,30 @@ class _Host:
         return self.prompt + self.generated(step)
 
 
-class Rows:
-    """Batched sampling, stopping and compaction; no per-token Python grows with the batch."""
+class Ended(NamedTuple):
+    """A row that is about to leave."""
 
-    def __init__(self, cache: SlotCache, slots: int, samplings: list[Sampling], stops: StopStrings | None) -> None:
-        device = cache.kv.device
-        self.cache, self.stops, self.step = cache, stops, 0
+    row: int
+    tokens: list[int]
+    logprobs: list[float]
+    reason: str
+
+
+class Rows:
+    """Admission, flags, stop strings and compaction; no per-token Python grows with the batch."""
+
+    def __init__(
+        self, cache: SlotCache, state: DecodeState, samplings: Sequence[Sampling], stops: StopStrings | None
+    ) -> None:
+        self.cache, self.state, self.stops, self.step = cache, state, stops, 0
+        state.prepare(samplings, stops)
         self.active: list[_Host] = []
         self._reach = self._sum = 0  # positions of the longest row and of all rows, less the step number of each
-        self.most = max(s.max_new_tokens for s in samplings)
-        ends = max(1, max(len(s.stop_token_ids) for s in samplings))
-        strings = sorted({s.stop_strings for s in samplings if s.stop_strings})
-        self.groups = {stop: i + 1 for i, stop in enumerate(strings)}
-        self.tables = None
-        if strings and stops is not None:
-            tables = [stops.table(stop) for stop in strings]
-            self.tables = torch.stack([torch.zeros_like(tables[0]), *tables])
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        self.token, self.position, self.count = zeros(slots), zeros(slots), zeros(slots)
-        self.limit, self.group, self.stop_ids = zeros(slots), zeros(slots), zeros(slots, ends)
-        # All noise of a response is made when it joins: philox once a request, not once a token.
-        self.uniform = zeros(slots, self.most, dtype=torch.float64)
-        self.out_token, self.out_logprob = zeros(slots, self.most), zeros(slots, self.most, dtype=torch.float32)
-        self._state = [
-            self.token,
-            self.position,
-            self.count,
-            self.limit,
-            self.group,
-            self.stop_ids,
-            self.uniform,
-            self.out_token,
-            self.out_logprob,
-        ]
-        self._mixed = len({_law(s) for s in samplings}) > 1
-        self._laws: tuple[slice, list[tuple[_Law, Tensor]]] | None = None  # rows of each law, until rows come or go
+        self._only = law(samplings[0]) if len({law(s) for s in samplings}) == 1 else None
+        self._laws: tuple[slice, list[tuple[Law, Tensor | None]]] | None = None  # until rows come or go
+        self._flags: Tensor | None = None  # of the rows `_at`, from the last step
+        self._at = slice(0)
+        self._posted: deque[tuple[list[int], Tensor, torch.cuda.Event | None]] = deque()
 
     def __len__(self) -> int:
         return len(self.active)
@@ -93,6 +75,10 @@ class Rows:
         """Cached positions of all active rows once their newest tokens are written."""
         return self._sum + len(self.active) * self.step
 
+    def left(self) -> int:
+        """Steps after which every active row has ended for sure."""
+        return max(0, *(h.sampling.max_new_tokens - h.generated(self.step) for h in self.active), 0)
+
     def _changed(self) -> None:
         """Renew what is derived from the set of active rows."""
         lengths = [row.length(0) for row in self.active]
@@ -102,100 +88,107 @@ class Rows:
     def join(self, requests: list[int], samplings: list[Sampling], prompts: list[int], keys: list[int]) -> slice:
         """Append rows for newly prefilled requests (`prompts` in tokens); returns where they are."""
         at = slice(len(self.active), len(self.active) + len(requests))
-        device, width = self.token.device, self.stop_ids.shape[1]
         self.active += [_Host(r, s, p, self.step) for r, s, p in zip(requests, samplings, prompts, strict=True)]
-
-        def put(target: Tensor, values: list) -> None:
-            target[at] = torch.tensor(values, dtype=target.dtype).to(device)
-
-        put(self.position, [p - 1 for p in prompts])  # the newest cached position; `emit` moves on by one
-        put(self.limit, [s.max_new_tokens for s in samplings])
-        put(self.group, [self.groups.get(s.stop_strings, 0) for s in samplings])
-        put(self.stop_ids, [list(s.stop_token_ids) + [-1] * (width - len(s.stop_token_ids)) for s in samplings])
-        self.count[at] = 0
+        self.state.put(at, samplings, prompts, keys)
         self._changed()
-        index = torch.arange(self.most, device=device)
-        self.uniform[at] = kernels.philox_uniform(torch.tensor(keys, device=device)[:, None], index)
         return at
 
-    def emit(self, at: slice, logits: Tensor) -> list[tuple[int, int]]:
-        """Sample one token for the rows `at` from `logits [rows, V]`; returns (row, flags) of rows that may end."""
-        count, token = self.count[at], self.token[at]
-        where = count[:, None]
-        logprob = self._sample(at, logits, count, self.uniform[at].gather(1, where)[:, 0])
-        self.out_token[at].scatter_(1, where, token[:, None])
-        self.out_logprob[at].scatter_(1, where, logprob[:, None])
-        count += 1
-        self.position[at] += 1
-        flags = (self.stop_ids[at] == token[:, None]).any(1).to(torch.int64) * STOPPED
-        flags += (count >= self.limit[at]) * FULL
-        if self.tables is not None:
-            flags += self.tables[self.group[at], token] * LOOK
-        rows = flags.nonzero()[:, 0]  # the one host read of a step
-        if rows.numel() == 0:
+    def emit(self, at: slice, logits: Tensor) -> None:
+        """Sample one token for the rows `at` from `logits [rows, V]`."""
+        self._flags, self._at = self.state.advance(at, logits, self._laws_of(at)), at
+
+    def _laws_of(self, at: slice) -> list[tuple[Law, Tensor | None]]:
+        if self._only is not None:
+            return [(self._only, None)]
+        if self.state.pipelined:
             return []
-        return [(at.start + row, flag) for row, flag in zip(rows.tolist(), flags[rows].tolist(), strict=True)]
-
-    def _sample(self, at: slice, logits: Tensor, count: Tensor, uniform: Tensor) -> Tensor:
-        """Draw the rows' next tokens into `token`; returns their log-probs."""
-        if not self._mixed:
-            drawn, logprob = kernels.sample_tokens(
-                logits, count, count, uniform=uniform, **_law(self.active[at.start].sampling)._asdict()
-            )
-            self.token[at] = drawn
-            return logprob
-        # One call for each law: how a row is drawn must not depend on what else is in the batch, not even by rounding.
         if self._laws is None or self._laws[0] != at:
-            members: dict[_Law, list[int]] = {}
+            members: dict[Law, list[int]] = {}
             for row, host in enumerate(self.active[at]):
-                members.setdefault(_law(host.sampling), []).append(row)
-            self._laws = at, [(law, torch.tensor(rows, device=count.device)) for law, rows in members.items()]
-        logprob = torch.empty_like(uniform, dtype=torch.float32)
-        for law, rows in self._laws[1]:
-            part = count[rows]
-            drawn, value = kernels.sample_tokens(logits[rows], part, part, uniform=uniform[rows], **law._asdict())
-            self.token[at].index_copy_(0, rows, drawn)
-            logprob.index_copy_(0, rows, value)
-        return logprob
+                members.setdefault(law(host.sampling), []).append(row)
+            device = self.state.device
+            self._laws = at, [(one, torch.tensor(rows, device=device)) for one, rows in members.items()]
+        return self._laws[1]
 
-    def finished(self, flagged: list[tuple[int, int]]) -> list[tuple[int, str]]:
-        """(row, finish reason) of the flagged rows that really end; checks stop strings on the host."""
+    def look(self, wait: bool = False) -> list[tuple[int, int]]:
+        """(row, flags) of rows that may have ended. Pipelined: as posted LAG calls ago, or now if it must `wait`."""
+        if not self.state.pipelined:
+            rows = self._flags.nonzero()[:, 0]  # the one host read of a step
+            if rows.numel() == 0:
+                return []
+            return [(self._at.start + r, f) for r, f in zip(rows.tolist(), self._flags[rows].tolist(), strict=True)]
+        self._post()
+        flagged: dict[int, int] = {}
+        while len(self._posted) > (0 if wait else LAG):
+            requests, flags, event = self._posted.popleft()
+            if event is not None:
+                event.synchronize()
+            where = {host.request: row for row, host in enumerate(self.active)}  # rows may have moved since
+            for i, flag in enumerate(flags.tolist()):
+                if flag and requests[i] in where:
+                    row = where[requests[i]]
+                    flagged[row] = flagged.get(row, 0) | flag
+        return sorted(flagged.items())
+
+    def _post(self) -> None:
+        flags, event = self.state.flags[: len(self.active)], None
+        if flags.is_cuda:
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            host = flags.clone()
+        self._posted.append(([h.request for h in self.active], host, event))
+
+    def ended(self, flagged: list[tuple[int, int]]) -> list[Ended]:
+        """The flagged rows that really end; stop strings are looked for on the host."""
         ended = []
-        for row, flag in flagged:
-            if flag & STOPPED or flag & LOOK and self._holds_stop(row):
-                ended.append((row, "stop"))
+        for (row, flag), (tokens, logprobs) in zip(flagged, self._read([row for row, _ in flagged]), strict=True):
+            cut = self._stop(row, tokens) if flag & LOOK else 0
+            if cut or flag & STOPPED:
+                count = cut or len(tokens)
+                ended.append(Ended(row, tokens[:count], logprobs[:count], "stop"))
             elif flag & FULL:
-                ended.append((row, "length"))
+                ended.append(Ended(row, tokens, logprobs, "length"))
         return ended
 
-    def _holds_stop(self, row: int) -> bool:
+    def _read(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probs of rows."""
+        state = self.state
+        index = to_device(rows, torch.int64, state.device)
+        counts = state.count[index].tolist()
+        tokens, logprobs = (out[index, : max(counts)].tolist() for out in (state.out_token, state.out_logprob))
+        return [(t[:n], p[:n]) for t, p, n in zip(tokens, logprobs, counts, strict=True)]
+
+    def _stop(self, row: int, tokens: list[int]) -> int:
+        """Number of tokens after which a stop string has ended, 0 if none has; earlier ends were looked at before."""
         host = self.active[row]
-        count, stops = host.generated(self.step), host.sampling.stop_strings
-        tail = self.out_token[row, max(0, count - self.stops.tail(stops)) : count].tolist()
-        return self.stops.found(stops, tail)
+        strings = host.sampling.stop_strings
+        table, tail = self.stops.table(strings), self.stops.tail(strings)
+        for count in range(host.looked + 1, len(tokens) + 1):
+            if table[tokens[count - 1]] and self.stops.found(strings, tokens[max(0, count - tail) : count]):
+                return count
+        host.looked = len(tokens)
+        if self.state.pipelined:
+            # What set it again meanwhile is in flags posted already, for this is queued behind them.
+            self.state.flags[row] &= ~LOOK
+        return 0
 
-    def tokens(self, row: int) -> list[int]:
-        """What an active row has sampled."""
-        return self.out_token[row, : self.active[row].generated(self.step)].tolist()
-
-    def leave(self, ended: list[tuple[int, str]]) -> list[tuple[int, Completion]]:
+    def leave(self, ended: list[Ended]) -> list[tuple[int, Completion]]:
         """Take the ended rows out, move the last rows into the holes; returns (request, completion)."""
-        done = []
-        for row, reason in ended:
-            tokens = self.tokens(row)
-            logprobs = self.out_logprob[row, : len(tokens)].tolist()
-            done.append((self.active[row].request, Completion(tokens, logprobs, reason)))
-        gone = {row for row, _ in ended}
-        left = len(self.active) - len(gone)
+        done = [(self.active[e.row].request, Completion(e.tokens, e.logprobs, e.reason)) for e in ended]
+        gone, before = {e.row for e in ended}, len(self.active)
+        left = before - len(gone)
         holes = sorted(row for row in gone if row < left)
-        tails = [row for row in range(left, len(self.active)) if row not in gone]
+        tails = [row for row in range(left, before) if row not in gone]
         self.cache.release(gone)
         for hole, tail in zip(holes, tails, strict=True):
             self.active[hole] = self.active[tail]
         if holes:
             self.cache.move(holes, tails, [self.active[tail].length(self.step) - 1 for tail in tails])
-            for state in self._state:
-                state[holes] = state[tails]
+            self.state.move(holes, tails)
+        self.cache.vacate(slice(left, before))
+        self.state.end(slice(left, before))
         del self.active[left:]
         self._changed()
         return done

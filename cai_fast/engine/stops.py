@@ -23,13 +23,13 @@ class StopStrings:
     the vocabulary picks the few rows worth decoding.
     """
 
-    def __init__(self, tokenizer: Decodes, vocab_size: int, device: torch.device) -> None:
-        self.tokenizer, self.vocab_size, self.device = tokenizer, vocab_size, device
+    def __init__(self, tokenizer: Decodes, vocab_size: int) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._texts: list[str] = []
         self._tables: dict[tuple[str, ...], Tensor] = {}
 
     def table(self, stops: tuple[str, ...]) -> Tensor:
-        """bool [V]: tokens after which a response with these stop strings must be looked at."""
+        """bool [V], on the host: tokens after which a response with these stop strings must be looked at."""
         if stops not in self._tables:
             if not self._texts:
                 known = range(min(self.tokenizer.vocab_size, self.vocab_size))
@@ -41,7 +41,7 @@ class StopStrings:
             else:
                 flags = [any(end in text for end in ends) for text in self._texts]
                 flags += [False] * (self.vocab_size - len(flags))
-            self._tables[stops] = torch.tensor(flags, device=self.device)
+            self._tables[stops] = torch.tensor(flags)
         return self._tables[stops]
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cai_fast.engine.attend import BLOCK, ContextAttend, DecodeAttend, Store, StoringAttend
 from cai_fast.engine.cache import SlotCache, round_up
 from cai_fast.engine.prefix import Prefix
+from cai_fast.engine.state import to_device
 from cai_fast.model import Model
 from cai_fast.model.attention import packed_causal
 
@@ -51,10 +52,13 @@ def row_multiple(shapes: frozenset[tuple[int, int]], dtype: torch.dtype, threads
 
 
 class Trunk:
-    """The engine's view of the model. deterministic: on a CPU a GEMM's rows do not depend on their number."""
+    """The engine's view of the model. deterministic: on a CPU a GEMM's rows do not depend on their number; on a GPU,
+    whose library may choose another kernel for another shape, passes have one shape."""
 
-    def __init__(self, model: Model, deterministic: bool) -> None:
+    def __init__(self, model: Model, deterministic: bool, max_tokens: int) -> None:
+        """max_tokens: of one pass over packed prompts."""
         self.model, self.device, self.deterministic = model, model.lm_head_weight.device, deterministic
+        self.max_tokens = max_tokens
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._multiple = BLOCK
         if deterministic and self.device.type == "cpu":
@@ -67,11 +71,13 @@ class Trunk:
         """Rows that a GEMM on `count` rows is padded to."""
         if not self.deterministic:
             return count
+        if self.device.type == "cuda":
+            return round_up(count, self.max_tokens)
         return round_up(max(count, 1), self._multiple if count < BLOCK else BLOCK)
 
     def tensor(self, values: Sequence[int]) -> Tensor:
         """int64 tensor on the model's device."""
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+        return to_device(values, torch.int64, self.device)
 
     def packed(
         self, token_ids: Sequence[Sequence[int]], contexts: Sequence[list[Tensor]], store: Store | None = None
@@ -106,20 +112,18 @@ class Trunk:
         kv = torch.stack(kept).transpose(2, 3)
         return hidden, list(kv.split([len(tokens) for tokens in token_ids], dim=3))
 
-    def decode(self, tokens: Tensor, positions: Tensor, cache: SlotCache, count: int, width: int, cu: Tensor) -> Tensor:
-        """Logits [count, V] after one more token of rows 0..count-1; the buffers have room for padding rows."""
-        rows = self.rows(count)
+    def decode(
+        self, tokens: Tensor, positions: Tensor, cache: SlotCache, count: int, rows: int, width: int, cu: Tensor
+    ) -> Tensor:
+        """Logits [rows, V] after one more token of cache rows 0..count-1; GEMMs have `rows` >= count rows."""
         attend = DecodeAttend(self.model.config, cache, positions[:count], width)
-        hidden = self.model.hidden(tokens[:rows], positions[:rows], cu[: rows + 1], attend=attend)
-        self.counters["trunk_tokens"] += count
-        self.counters["padding_tokens"] += rows - count
-        self.counters["head_rows"] += count
-        return self._head(hidden)[:count]
+        return self._head(self.model.hidden(tokens[:rows], positions[:rows], cu[: rows + 1], attend=attend))
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Rows for the head, filled up with zeros."""
         self.counters["head_rows"] += hidden.shape[0]
-        return F.pad(hidden, (0, 0, 0, self.rows(hidden.shape[0]) - hidden.shape[0]))
+        rows = self.rows(hidden.shape[0]) if self.device.type == "cpu" else hidden.shape[0]
+        return F.pad(hidden, (0, 0, 0, rows - hidden.shape[0]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V]."""
