@@ -1,23 +1,28 @@
-"""python -m bench.bench_feedback [--rounds 5] [--only TEXT]: AI feedback by cai_fast and by the best
-straightforward use of transformers.
+"""python -m bench.bench_feedback [--only TEXT]: AI feedback by cai_fast and by the best straightforward use of
+transformers.
 
 Judging: comparisons x principles x both orders, the probability of one of two answer tokens after each question.
 cai_fast scores a tree per comparison (conversation, principle, order: each shared token is computed once); transformers
-runs left-padded batches of questions sorted by length and makes the logits of the last position only.
+runs left-padded batches of questions sorted by length and makes the logits of the last position only. A measured round
+is a part of the comparisons, the same for both; the gain is that of all together.
 
-Chains: in every round a critique of the current response and a revision by the critique, all behind a long few-shot
-block. cai_fast computes the block once and continues a revision on the keys of its critique; transformers' generate
-prefills every prompt anew, in left-padded batches. Nothing stops early, so both sides take the same number of steps.
+Chains: a measured round is a round of all chains: a critique of the current response and a revision by the critique,
+all behind a long few-shot block. cai_fast computes the block once and continues a revision on the keys of its critique;
+transformers' generate prefills every prompt anew, in left-padded batches. Nothing stops early, so both sides take the
+same number of steps.
 
 Lengths come from workloads.json; the bound of a gain is the ratio of the tokens that either side must process. In
 chains that counts a token of a prefill like one that is decoded, though a decoded one costs more: what can be gained
-lies below.
+lies below. On a CPU both sides have one thread, and times are the process's CPU time.
 """
 
 import argparse
 import itertools
 import json
+import math
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,13 +93,13 @@ def tree_tokens(tree: Tree) -> int:
     return len(tree.token_ids) + sum(tree_tokens(child) for child in tree.children)
 
 
-def straightforward(model: Any, prompts: list[list[int]]) -> Callable[[Any], Outputs]:
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+def straightforward(model: Any) -> Callable[[Any], Outputs]:
     options = torch.tensor(OPTIONS, device=model.device)
 
     @torch.no_grad()
-    def work(_: Any) -> Outputs:
-        result = torch.empty(len(prompts), 2)
+    def work(part: tuple[list[list[int]], list[Tree]]) -> Outputs:
+        prompts = part[0]
+        order, result = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), torch.empty(len(prompts), 2)
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             width = max(len(prompts[i]) for i in rows)
@@ -109,23 +114,27 @@ def straightforward(model: Any, prompts: list[list[int]]) -> Callable[[Any], Out
     return work
 
 
-def tree_scores(engine: Engine, items: list[Tree]) -> Callable[[Any], Outputs]:
+def tree_scores(engine: Engine) -> Callable[[Any], Outputs]:
     options = torch.tensor(OPTIONS)[:, None]
-    return lambda _: {"logprob": engine.score(items, options).cpu()}
+    return lambda part: {"logprob": engine.score(part[1], options).cpu()}
 
 
-def judging(model: Model, theirs: Any, comparisons: int) -> Iterator[Contest]:
+def judging(model: Model, theirs: Any, comparisons: int, rounds: int) -> Iterator[Contest]:
     asked, principles = questions(model.config.vocab_size, comparisons)
     engine = Engine(model, max_batch=1, max_len=4096, deterministic=model.device.type == "cpu")
     for count in PRINCIPLES:
         for last in (False, True):
-            prompts, items = flat(asked, principles[:count], last), trees(asked, principles[:count], last)
-            tokens, shared = sum(map(len, prompts)), sum(tree_tokens(tree) for tree in items)
+            parts = [
+                (flat(part, principles[:count], last), trees(part, principles[:count], last))
+                for part in (asked[n::rounds] for n in range(rounds))
+            ]
+            tokens = sum(len(prompt) for prompts, _ in parts for prompt in prompts)
+            shared = sum(tree_tokens(tree) for _, items in parts for tree in items)
             where = "last" if last else "first"
             yield Contest(
                 "judging", f"{len(asked)} x {count} principles x 2 orders, principle {where}, {tokens / shared:.3f}",
-                [None], {STRAIGHT: straightforward(theirs, prompts), OURS: tree_scores(engine, items)}, STRAIGHT,
-                exact=lambda _, p=prompts: {n: v.double() for n, v in straightforward(theirs, p)(None).items()},
+                parts, {STRAIGHT: straightforward(theirs), OURS: tree_scores(engine)}, STRAIGHT,
+                exact=lambda part: {n: v.double() for n, v in straightforward(theirs)(part).items()},
             )  # fmt: skip
 
 
@@ -138,22 +147,21 @@ class Chains:
         self.requests = ask, mend
         self.prompts = prompts_of(load["prompt_tokens"][:limit], vocab, 2)
         self.responses = prompts_of([load["response_tokens"]] * len(self.prompts), vocab, 3)
-        self.rounds, self.new = load["rounds"], (load["critique_tokens"], load["revision_tokens"])
+        self.new = load["critique_tokens"], load["revision_tokens"]
         longest = max(map(len, self.prompts)) + max(load["response_tokens"], self.new[1])
         self.room = len(self.few_shot) + longest + 2 * load["request_tokens"] + sum(self.new)
 
-    def run(self, say: Say) -> None:
+    def round(self, say: Say) -> None:
+        """One round of all chains; the next call goes on from its revisions."""
         ask, mend = self.requests
-        current = self.responses
-        for _ in range(self.rounds):
-            asked = [[*p, *r, *ask] for p, r in zip(self.prompts, current, strict=True)]
-            critiques = say(asked, self.new[0], False)
-            asked = [[*a, *c, *mend] for a, c in zip(asked, critiques, strict=True)]
-            current = say(asked, self.new[1], True)
-            assert {len(c) for c in critiques} == {self.new[0]} and {len(r) for r in current} == {self.new[1]}
+        asked = [[*p, *r, *ask] for p, r in zip(self.prompts, self.responses, strict=True)]
+        critiques = say(asked, self.new[0], False)
+        asked = [[*a, *c, *mend] for a, c in zip(asked, critiques, strict=True)]
+        self.responses = say(asked, self.new[1], True)
+        assert {len(c) for c in critiques} == {self.new[0]} and {len(r) for r in self.responses} == {self.new[1]}
 
     def bound(self) -> float:
-        """Tokens of all prompts and answers, over those of a run that computes each of them once."""
+        """Tokens of a round's prompts and answers, over those of a round that computes each of them once."""
         anew, once = 0, len(self.few_shot)
 
         def count(requests: list[list[int]], new: int, continued: bool) -> list[list[int]]:
@@ -162,7 +170,7 @@ class Chains:
             once += sum((len(self.requests[1]) if continued else len(request)) + new for request in requests)
             return [[0] * new for _ in requests]
 
-        self.run(count)
+        self.round(count)
         return anew / once
 
 
@@ -178,7 +186,7 @@ def continued_chains(engine: Engine, chains: Chains) -> Callable[[Any], None]:
             kept[:] = [] if continued else [c.kept for c in done]
             return [c.token_ids for c in done]
 
-        chains.run(say)
+        chains.round(say)
 
     return work
 
@@ -199,20 +207,20 @@ def repeated_chains(model: Any, chains: Chains) -> Callable[[Any], None]:
             said += out[:, width:].tolist()
         return said
 
-    return lambda _: chains.run(say)
+    return lambda _: chains.round(say)
 
 
 def chain_contests(model: Model, theirs: Any, limit: int) -> Iterator[Contest]:
-    chains = Chains(model.config.vocab_size, limit)
-    engine = Engine(model, max_batch=BATCH, max_len=chains.room, deterministic=model.device.type == "cpu")
-    size = f"{len(chains.prompts)} of {chains.rounds} rounds, {len(chains.few_shot)} few-shot tokens"
-    works = {AGAIN: repeated_chains(theirs, chains), OURS: continued_chains(engine, chains)}
-    yield Contest("chains", f"{size}, {chains.bound():.3f}", [None], works, AGAIN)
+    first, second, counted = (Chains(model.config.vocab_size, limit) for _ in range(3))
+    engine = Engine(model, max_batch=BATCH, max_len=first.room, deterministic=model.device.type == "cpu")
+    size = f"{len(first.prompts)} behind {len(first.few_shot)} few-shot tokens"
+    works = {AGAIN: repeated_chains(theirs, first), OURS: continued_chains(engine, second)}
+    yield Contest("chains", f"{size}, {counted.bound():.3f}", [None], works, AGAIN)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_feedback", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=16, help="parts of the comparisons; chains take 5 at most")
     parser.add_argument("--only", default="", help="contests whose name contains this text")
     parser.add_argument("--comparisons", type=int, default=256)
     parser.add_argument("--chains", type=int, default=32)
@@ -224,17 +232,23 @@ def main() -> None:
     path = options.out / f"feedback-{report['device'] if device.type == 'cuda' else 'cpu'}.json".replace(" ", "_")
     with tempfile.TemporaryDirectory() as folder:
         model, theirs = models(workloads()["model"], Path(folder), device)
-        everything = judging(model, theirs, options.comparisons), chain_contests(model, theirs, options.chains)
+        everything = (
+            judging(model, theirs, options.comparisons, options.rounds), chain_contests(model, theirs, options.chains)
+        )  # fmt: skip
         for contest in itertools.chain(*everything):
             if options.only not in contest.name:
                 continue
-            result = measure(contest, device, float("inf"), rounds=options.rounds, memory=False)
-            times = {name: row["median"] for name, row in result["contestants"].items()}
-            result["gain"] = times[contest.baseline] / times[OURS]
+            rounds = options.rounds if len(contest.inputs) > 1 else min(5, options.rounds)
+            result = measure(contest, device, math.inf, rounds=rounds, memory=False, clock=time.process_time)
+            rows = result["contestants"]
+            times = [rows[name]["rounds"] for name in (contest.baseline, OURS)]
+            result["gain"] = sum(times[0]) / sum(times[1])
+            result["median gain"] = statistics.median(a / b for a, b in zip(*times, strict=True))
             result["bound"] = float(contest.size.rpartition(" ")[2])
             report["contests"].append(result)
             print(table(result), flush=True)
-            print(f"gain {result['gain']:.2f} of {result['bound']:.2f} that the token counts allow", flush=True)
+            print(f"gain {result['gain']:.2f} (median of rounds {result['median gain']:.2f}) of {result['bound']:.2f} "
+                  "that the token counts allow", flush=True)  # fmt: skip
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}")
 

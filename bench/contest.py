@@ -6,6 +6,7 @@ move), and what it returns is compared with fp64: a fast wrong answer shows.
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Contest:
-    """`inputs` are equal in shape and rotate, so that no contestant finds the last round's data in a cache."""
+    """`inputs` rotate, so that no contestant finds the last round's data in a cache; in a round all have the same."""
 
     op: str
     size: str
@@ -152,7 +153,12 @@ def _floor(contest: Contest, device: torch.device) -> float | None:
 
 
 def measure(
-    contest: Contest, device: torch.device, seconds: float, rounds: int = 20, memory: bool = True
+    contest: Contest,
+    device: torch.device,
+    seconds: float,
+    rounds: int = 20,
+    memory: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Errors, times and (unless switched off) memory of every contestant; who fails is left out and named."""
     missing, works, found = dict(contest.absent), dict(contest.works), {}
@@ -168,7 +174,7 @@ def measure(
         found[name] = {} if exact is None else errors(outputs, exact)
     del exact
     calls = {name: _rotating(work, contest.inputs) for name, work in works.items()}
-    times = interleaved(calls, device, seconds=seconds, rounds=rounds)
+    times = interleaved(calls, device, seconds=seconds, rounds=rounds, clock=clock)
     unit, floor = times[contest.baseline].median, _floor(contest, device)
     rows = {
         name: _row(times[name], unit, floor, extra_memory(call, device) if memory else None, found[name])
@@ -184,7 +190,8 @@ def _row(
     times: Times, unit: float, floor: float | None, memory: float | None, error: dict[str, float]
 ) -> dict[str, Any]:
     return {
-        **{name: round(value, 5) for name, value in times._asdict().items()},
+        **{name: round(getattr(times, name), 5) for name in ("median", "p10", "p90", "first")},
+        "rounds": [round(value, 3) for value in times.rounds],
         "ratio": round(times.median / unit, 4),
         "share of floor": None if floor is None else round(floor / times.median, 4),
         "extra MiB": None if memory is None else round(memory, 2),

@@ -19,6 +19,8 @@ class Times(NamedTuple):
     p90: float
     first: float
     """The very first call, compilation included."""
+    rounds: tuple[float, ...] = ()
+    """Every round's."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -26,11 +28,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _once(work: Callable[[], object], device: torch.device) -> float:
+def _once(work: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         work()
-        return (time.perf_counter() - start) * 1e3
+        return (clock() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work()
@@ -40,9 +42,17 @@ def _once(work: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    works: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 20, seconds: float = 4.0
+    works: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    seconds: float = 4.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
-    """Time the works in turn, in rotated order, for `rounds` rounds or until `seconds` are over (at least 3 rounds)."""
+    """Time the works in turn, in rotated order, for `rounds` rounds or until `seconds` are over (at least 3 rounds).
+
+    clock: on a CPU; of works with one thread `time.process_time` does not count the turns of other processes.
+    """
     firsts, samples = {}, {name: [] for name in works}
     for name, work in works.items():
         synchronize(device)
@@ -54,13 +64,13 @@ def interleaved(
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            samples[name].append(_once(works[name], device))
+            samples[name].append(_once(works[name], device, clock))
         if number >= 2 and time.perf_counter() > deadline:
             break
     result = {}
     for name, values in samples.items():
         low, middle, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        result[name] = Times(middle, low, high, firsts[name])
+        result[name] = Times(middle, low, high, firsts[name], tuple(values))
     return result
 
 
@@ -102,4 +112,4 @@ def capture(work: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, float]:
 
 
 def summary(times: dict[str, Times]) -> dict[str, dict[str, float]]:
-    return {name: {k: round(v, 4) for k, v in t._asdict().items()} for name, t in times.items()}
+    return {name: {k: round(v, 4) for k, v in t._asdict().items() if k != "rounds"} for name, t in times.items()}
