@@ -85,9 +85,9 @@ def _merge_splits(acc_in, max_in, sum_in, out, lse_out, splits, head_size, HEAD:
         total = total * ours + tl.load(sum_in + at) * theirs
         acc = acc * ours + tl.load(acc_in + at * head_size + column, mask=real, other=0.0) * theirs
         top = new_top
-    some = tl.where(total > 0, total, 1.0)  # a sequence without keys: output 0, lse -inf
+    some = tl.where(total == 0, 1.0, total)  # a sequence without keys: output 0, lse -inf; a NaN stays one
     tl.store(out + row * head_size + column, (acc / some).to(out.dtype.element_ty), mask=real)
-    lse = tl.where(total > 0, top + tl.log(some), float("-inf"))
+    lse = tl.where(total == 0, float("-inf"), top + tl.log(some))
     tl.store(lse_out + row + tl.zeros([1], tl.int64), lse)
 
 
@@ -131,7 +131,8 @@ def _merge_two(out1, lse1, out2, lse2, out, lse_out, rows, size, ROWS: tl.conste
     top = tl.maximum(a, b)
     finite = tl.where(top == float("-inf"), 0.0, top)
     ours, theirs = tl.exp(a - finite), tl.exp(b - finite)
-    total = tl.maximum(ours + theirs, 1e-30)  # at least 1 unless neither has keys
+    total = ours + theirs
+    total = tl.where(total == 0, 1.0, total)  # at least 1 unless neither has keys
     at = row[:, None] * size + column[None, :]
     mask = inside[:, None] & (column < size)[None, :]
     first = tl.load(out1 + at, mask=mask, other=0.0).to(tl.float32)

@@ -107,6 +107,22 @@ def test_merge_is_as_exact_as_torch(dtype: torch.dtype, shape: tuple[int, ...]) 
         assert all(torch.equal(a, b) for a, b in zip(poisoned, ours, strict=True))
 
 
+def test_nan_stays_where_torch_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel.paged_attention, "__kwdefaults__", {"split": 16, "warps": 4})
+    query, k_pages, v_pages, table, lengths = cache(torch.float32)
+    query[1, 3] = math.nan
+    k_pages[table[3, 5], 0, 2] = math.nan  # two heads of the longest sequence
+    v_pages[table[2, 0], 1, 0, 5] = math.nan  # one column of two heads
+    results = []
+    for backend in ("triton", "chunked"):
+        one = paged_attention(query, k_pages, v_pages, table, lengths, return_lse=True, backend=backend)
+        two = (torch.ones_like(one[0]), torch.zeros_like(one[1]))
+        results.append((*one, *merge_attention(*one, *two, backend=backend)))
+    for ours, plain in zip(*results, strict=True):
+        assert plain.isnan().any() and not plain.isnan().all()
+        torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
 def test_a_length_beyond_the_table_counts_the_tables_keys() -> None:
     g = torch.Generator().manual_seed(3)
     query, (k, v) = torch.randn(1, 2, 16, generator=g), torch.randn(2, 4, 1, 4, 16, generator=g)
