@@ -149,20 +149,25 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sm_90(tmp_path) -> None:
-    strides = ("q_sequence", "q_head", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token", "table_row")
-    partial = dict.fromkeys(("query", "k_pages", "v_pages"), "*bf16") | {"table": "*i32", "lengths": "*i32"}
-    partial |= dict.fromkeys(("acc_out", "max_out", "sum_out"), "*fp32") | {"scale": "fp32"}
-    partial |= dict.fromkeys(("table_width", "head_size", *strides), "i32")
+    strides = ("q_head", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token")
+    attend = dict.fromkeys(("query", "k_pages", "v_pages"), "*bf16") | {"lengths": "*i32", "scale": "fp32"}
+    attend |= dict.fromkeys(("acc_out", "max_out", "sum_out"), "*fp32")
+    attend |= dict.fromkeys(("head_size", "table_row", *strides), "i32")
     unit = dict.fromkeys(("q_column", "k_column", "v_column", "table_column", "length_stride"), 1)
+    partial = attend | {"table": "*i32", "table_width": "i32", "q_sequence": "i32"}
     merge = dict.fromkeys(("acc_in", "max_in", "sum_in", "lse_out"), "*fp32") | {"out": "*bf16"}
+    merge |= dict.fromkeys(("splits", "heads", "head_size"), "i32")
     two = dict.fromkeys(("lse1", "lse2", "lse_out"), "*fp32") | dict.fromkeys(("out1", "out2", "out"), "*bf16")
+    split, start = {"SPLIT": kernel.SPLIT}, {"starts": "*i32"}
     cases = [
-        Case("attention:_merge_splits", merge | dict.fromkeys(("splits", "head_size"), "i32"), {"HEAD": 128}, warps=1),
+        Case("attention:_merge_splits", merge | start, split | {"HEAD": 128, "start_stride": 1}, warps=1),
         Case("attention:_merge_two", two | dict.fromkeys(("rows", "size"), "i32"), {"ROWS": 16, "HEAD": 128}),
     ]
-    for size, group, page in ((64, 4, 16), (128, 4, 64)):
-        sizes = {"GROUP": group, "HEAD": size, "PAGE": page, "BLOCK": kernel.BLOCK, "SPLIT": kernel.SPLIT, "ROWS": 16}
-        cases.append(Case("attention:_partial", partial, unit | sizes, aligned=("head_size", *strides[:-1])))
+    for size, group, page, starts in ((64, 4, 16, {}), (128, 4, 64, {}), (128, 4, 64, start)):
+        sizes = split | {"GROUP": group, "HEAD": size, "PAGE": page, "BLOCK": kernel.BLOCK, "ROWS": 16}
+        sizes |= {"start_stride": 1} if starts else {"start_stride": 0, "starts": None}
+        aligned = ("head_size", "q_sequence", *strides)
+        cases.append(Case("attention:_partial", partial | starts, unit | sizes, aligned=aligned))
     reports = compile_all(cases, tmp_path)
     for report in reports:
         check(report)
