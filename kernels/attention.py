@@ -1,4 +1,10 @@
-"""Decode attention over a paged cache, and the merge of two attentions over disjoint keys."""
+"""Decode attention over a paged cache: of each sequence to its own keys, of many sequences to the pages of a common
+prefix, and the merge of two attentions over disjoint keys.
+
+Sequences that share a prefix read its keys once for all of them: `shared_attention` to the prefix's pages,
+`paged_attention` from `starts` on to their own, then `merge_attention` (Hydragen, arXiv 2402.05099; cascade inference,
+flashinfer.ai/2024/02/02/cascade-inference.html).
+"""
 
 from collections.abc import Callable
 
@@ -136,6 +142,96 @@ def paged_attention(
         None if starts is None else starts.to(query.device),
     )
     return (out, lse) if return_lse else out
+
+
+def _shared_reference(
+    query: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, tile_group: Tensor,
+    tile_rows: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype, page, heads = accumulate_dtype(query.dtype), k_pages.shape[2], query.shape[1] // k_pages.shape[1]
+    out = torch.zeros_like(query)
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=dtype, device=query.device)
+    for group, rows in zip(tile_group.tolist(), tile_rows.tolist(), strict=True):
+        for row in rows:
+            if group < 0 or row < 0 or lengths[group] <= 0:
+                continue
+            pages = tables[group, : -(-int(lengths[group]) // page)].long()
+            keys, values = (x[pages].transpose(0, 1).flatten(1, 2).to(dtype) for x in (k_pages, v_pages))
+            keys, values = (x[:, : lengths[group]].repeat_interleave(heads, 0) for x in (keys, values))
+            score = torch.einsum("hd,hld->hl", query[row].to(dtype), keys) * scale
+            out[row] = torch.einsum("hl,hld->hd", score.softmax(-1), values)
+            lse[row] = score.logsumexp(-1)
+    return out, lse
+
+
+def _shared_chunked(
+    query: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, tile_group: Tensor,
+    tile_rows: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A group's pages are gathered once; a tile's absent rows are computed too, so that a product's shape, hence a
+    row's bits, does not depend on how many are there."""
+    dtype, (kv_heads, page) = accumulate_dtype(query.dtype), k_pages.shape[1:3]
+    grouped = tile_rows.shape[1], query.shape[1] // kv_heads
+    out = torch.zeros_like(query)
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=dtype, device=query.device)
+    groups, lens = tile_group.tolist(), lengths.tolist()
+    for group in sorted({g for g in groups if g >= 0 and lens[g] > 0}):
+        pages = tables[group, : -(-lens[group] // page)].long()
+        gathered = (x[pages].transpose(0, 1).flatten(1, 2)[:, : lens[group]] for x in (k_pages, v_pages))
+        keys, values = (x.to(dtype) for x in gathered)  # [Hkv, L, D]
+        for rows in tile_rows[[g == group for g in groups]].long():  # [R]
+            # [R, Hq, D] -> [Hkv, R x heads of a group, D]
+            q = query[rows.clamp_min(0)].to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+            score = (q @ keys.transpose(-1, -2)).mul_(scale)
+            tile_lse = score.logsumexp(-1)
+            tile_out = score.sub_(tile_lse[..., None]).exp_() @ values
+            for target, value in ((out, tile_out), (lse, tile_lse)):
+                by_row = value.unflatten(1, grouped).transpose(0, 1).flatten(1, 2)
+                target[rows[rows >= 0]] = by_row[rows >= 0].to(target.dtype)
+    return out, lse
+
+
+_SHARED = {
+    "reference": _shared_reference,
+    "chunked": _shared_chunked,
+    "triton": lazy_triton("attention", "shared_attention"),
+}
+
+
+def shared_attention(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    tile_group: Tensor,
+    tile_rows: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query token per row to the cached keys of a prefix that many rows share; statistics in fp32.
+
+    query [B, Hq, D]; k_pages, v_pages [pages, Hkv, page_size, D], Hq a multiple of Hkv; tables [G, P] int: the pages of
+    prefix g, of which lengths[g] keys count (entries past them may be -1). The R rows tile_rows[n] (-1: absent) are
+    computed together over prefix tile_group[n] (-1: unused tile); R x Hq / Hkv of 64 to 128 fills a GPU's matrix units.
+    A row is in one tile at most; with triton and the same R its bits depend neither on its place nor on other rows.
+    scale defaults to D ** -0.5. Returns out [B, Hq, D] and lse [B, Hq] fp32 (a row without keys or tile: out 0, lse
+    -inf). All int arguments are on query's device; triton reads none of them on the host, the other backends do.
+    """
+    _check_pages("shared_attention", query, k_pages, v_pages)
+    metadata = {"tables": tables, "lengths": lengths, "tile_group": tile_group, "tile_rows": tile_rows}
+    for name, value in metadata.items():
+        check_tensor("shared_attention", name, value, integer=True, device=query.device)
+    ranks = [value.dim() for value in metadata.values()]
+    if ranks != [2, 1, 1, 2] or len(tables) != len(lengths) or len(tile_group) != len(tile_rows):
+        raise ValueError(
+            "shared_attention: expected tables [G, P], lengths [G], tile_group [N] and tile_rows [N, R], got "
+            f"{', '.join(str(list(value.shape)) for value in metadata.values())}"
+        )
+    implementation = select("shared_attention", _SHARED, backend, query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return implementation(query, k_pages, v_pages, tables, lengths, tile_group, tile_rows, scale)
 
 
 def _merge_torch(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Decode attention over a paged cache, split over tokens.
+"""Decode attention over a paged cache, split over tokens: of each sequence to its own keys, of many to a common prefix.
 
-One program per sequence, kv head and split; the query heads of a group are the rows of its dot products. A split is a
-fixed number of tokens, whatever the batch, and splits are merged in order, so a sequence's result depends on it alone.
+One program per sequence (or tile of sequences that share a prefix), kv head and split; the query heads of a group, of
+one sequence or of all in the tile, are the rows of its dot products. A split is a fixed number of tokens, whatever the
+batch, and splits are merged in order, so a sequence's result depends on it alone.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # tl.dot's smallest row count
+TILE_ROWS = 128  # its largest here: more would not stay in registers
 BLOCK = 64  # tokens of one step
 SPLIT = 512  # tokens of one program
 EMPTY = tl.constexpr(-1e30)  # the maximum of no score: finite, so that an empty split yields no NaN
@@ -164,6 +166,105 @@ def paged_attention(
     _merge_splits[(batch * q_heads,)](
         acc, top, total, starts, out, lse, splits, q_heads, size, start_stride, HEAD=head, SPLIT=split, num_warps=1
     )
+    return out, lse
+
+
+@triton.jit
+def _prefix_length(tile_group, lengths, tile, group_stride, length_stride, keys):
+    """(group, its number of keys) of a tile; an unused tile has group -1 and no keys."""
+    group = tl.load(tile_group + tile * group_stride).to(tl.int64)
+    length = tl.load(lengths + group * length_stride, mask=group >= 0, other=0)
+    return group, _clamped(length, keys)
+
+
+@triton.jit(do_not_specialize=["keys"])
+def _shared_partial(
+    query, k_pages, v_pages, tables, lengths, tile_group, tile_rows, acc_out, max_out, sum_out, scale, keys, head_size,
+    q_row, q_head, q_column, k_page, k_head, k_token, k_column, v_page, v_head, v_token, v_column,
+    table_row, table_column, length_stride, group_stride, tile_stride, member_stride,
+    TILE: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Attention of (a part of) a tile's query heads of one kv head to the keys of one split of the tile's prefix.
+
+    query [B, Hq, D]; k_pages, v_pages [pages, Hkv, PAGE, D]; tables [G, keys / PAGE]; lengths [G]; tile_group [N];
+    tile_rows [N, TILE]; results fp32, [N, TILE, Hq, splits, D] or [N, TILE, Hq, splits], written where they count.
+    """
+    block, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    tile = block // PARTS
+    group, length = _prefix_length(tile_group, lengths, tile, group_stride, length_stride, keys)
+    begin = split * SPLIT
+    end = tl.minimum(begin + SPLIT, length)
+    lane, column = block % PARTS * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD)
+    member, heads = lane // GROUP, head * GROUP + lane % GROUP
+    members = tl.where(begin < length, TILE, 0)
+    at = tile_rows + tile * tile_stride + member * member_stride
+    row = tl.load(at, mask=member < members, other=-1).to(tl.int64)
+    used = row >= 0
+    mask = used[:, None] & (column < head_size)[None, :]
+    q_at = row * q_row + heads * q_head
+    q = tl.load(query + q_at[:, None] + column[None, :] * q_column, mask=mask, other=0.0)
+    acc, top, total = _attend(
+        q, k_pages + head * k_head, v_pages + head * v_head, tables + group * table_row, None, begin, end, scale,
+        head_size, k_page, k_token, k_column, v_page, v_token, v_column, table_column, PAGE, BLOCK, ROWS, HEAD,
+    )  # fmt: skip
+    out = ((tile * TILE + member) * tl.num_programs(1) * GROUP + heads) * tl.num_programs(2) + split
+    tl.store(acc_out + out[:, None] * head_size + column[None, :], acc, mask=mask)
+    tl.store(max_out + out, top, mask=used)
+    tl.store(sum_out + out, total, mask=used)
+
+
+@triton.jit(do_not_specialize=["keys"])
+def _merge_tiles(
+    acc_in, max_in, sum_in, lengths, tile_group, tile_rows, out, lse_out, splits, keys, heads, head_size,
+    length_stride, group_stride, tile_stride, member_stride,
+    TILE: tl.constexpr, HEAD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one head of one of a tile's rows, in order, into that row's out [Hq, D] and lse [Hq]."""
+    program = tl.program_id(0).to(tl.int64)
+    slot, head = program // heads, program % heads
+    tile, column = slot // TILE, tl.arange(0, HEAD)
+    group, length = _prefix_length(tile_group, lengths, tile, group_stride, length_stride, keys)
+    row = tl.load(tile_rows + tile * tile_stride + slot % TILE * member_stride).to(tl.int64)
+    if (row >= 0) & (length > 0):
+        end = (length + SPLIT - 1) // SPLIT
+        value, lse = _merged(acc_in, max_in, sum_in, program, splits, 0, end, head_size, HEAD)
+        target = row * heads + head
+        tl.store(out + target * head_size + column, value.to(out.dtype.element_ty), mask=column < head_size)
+        tl.store(lse_out + target + tl.zeros([1], tl.int64), lse)
+
+
+def shared_attention(
+    query: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, tile_group: Tensor,
+    tile_rows: Tensor, scale: float, *, split: int = SPLIT,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out [B, Hq, D], lse [B, Hq] fp32); arguments as cai_fast.kernels.shared_attention's."""
+    _check_precision("shared_attention", query)
+    _, q_heads, size = query.shape
+    (tiles, tile), (kv_heads, page) = tile_rows.shape, k_pages.shape[1:3]
+    group, head, keys = q_heads // kv_heads, max(16, triton.next_power_of_2(size)), tables.shape[1] * page
+    splits = triton.cdiv(keys, split)
+    # What no tile holds stays so.
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device).zero_()
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device).fill_(-torch.inf)
+    if lse.numel() * tile_rows.numel() * splits == 0:
+        return out, lse
+    acc = torch.empty(tiles, tile, q_heads, splits, size, dtype=torch.float32, device=query.device)
+    top, total = torch.empty(2, tiles, tile, q_heads, splits, dtype=torch.float32, device=query.device)
+    most = ROWS if query.dtype == torch.float32 else TILE_ROWS  # exact fp32 products take many more registers
+    rows = min(most, max(ROWS, triton.next_power_of_2(tile * group)))
+    parts = triton.cdiv(tile * group, rows)
+    strides = (lengths.stride(0), tile_group.stride(0), *tile_rows.stride())
+    _shared_partial[(tiles * parts, kv_heads, splits)](
+        query, k_pages, v_pages, tables, lengths, tile_group, tile_rows, acc, top, total, scale, keys, size,
+        *query.stride(), *k_pages.stride(), *v_pages.stride(), *tables.stride(), *strides,
+        TILE=tile, PARTS=parts, GROUP=group, HEAD=head, PAGE=page, BLOCK=BLOCK, SPLIT=split, ROWS=rows,
+        num_warps=4 if rows < TILE_ROWS else 8,
+    )  # fmt: skip
+    _merge_tiles[(tiles * tile * q_heads,)](
+        acc, top, total, lengths, tile_group, tile_rows, out, lse, splits, keys, q_heads, size, *strides,
+        TILE=tile, HEAD=head, SPLIT=split, num_warps=1,
+    )  # fmt: skip
     return out, lse
 
 

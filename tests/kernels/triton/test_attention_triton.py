@@ -158,17 +158,27 @@ def test_sm_90(tmp_path) -> None:
     merge = dict.fromkeys(("acc_in", "max_in", "sum_in", "lse_out"), "*fp32") | {"out": "*bf16"}
     merge |= dict.fromkeys(("splits", "heads", "head_size"), "i32")
     two = dict.fromkeys(("lse1", "lse2", "lse_out"), "*fp32") | dict.fromkeys(("out1", "out2", "out"), "*bf16")
+    tiles = {"tile_group": "*i32", "tile_rows": "*i32", "lengths": "*i32", "keys": "i32", "tile_stride": "i32"}
     split, start = {"SPLIT": kernel.SPLIT}, {"starts": "*i32"}
+    members = {"group_stride": 1, "member_stride": 1, "length_stride": 1}
     cases = [
         Case("attention:_merge_splits", merge | start, split | {"HEAD": 128, "start_stride": 1}, warps=1),
         Case("attention:_merge_two", two | dict.fromkeys(("rows", "size"), "i32"), {"ROWS": 16, "HEAD": 128}),
+        Case("attention:_merge_tiles", merge | tiles, split | members | {"HEAD": 128, "TILE": 16}, warps=1),
     ]
     for size, group, page, starts in ((64, 4, 16, {}), (128, 4, 64, {}), (128, 4, 64, start)):
         sizes = split | {"GROUP": group, "HEAD": size, "PAGE": page, "BLOCK": kernel.BLOCK, "ROWS": 16}
         sizes |= {"start_stride": 1} if starts else {"start_stride": 0, "starts": None}
         aligned = ("head_size", "q_sequence", *strides)
         cases.append(Case("attention:_partial", partial | starts, unit | sizes, aligned=aligned))
+    for rows in (64, kernel.TILE_ROWS):
+        sizes = split | {"GROUP": 4, "HEAD": 128, "PAGE": 64, "BLOCK": kernel.BLOCK, "ROWS": rows}
+        sizes |= unit | members | {"TILE": rows // 4, "PARTS": 1}
+        aligned = ("head_size", "q_row", *strides)
+        shared = attend | tiles | {"tables": "*i32", "q_row": "i32"}
+        cases.append(Case("attention:_shared_partial", shared, sizes, rows // 16, aligned=aligned))
     reports = compile_all(cases, tmp_path)
     for report in reports:
         check(report)
-    assert all(report.count("HMMA") > 0 for report in reports[2:])
+    assert all(report.count("HMMA") > 0 for report in reports[3:6])
+    assert all(report.count("HGMMA") > 0 for report in reports[6:])
