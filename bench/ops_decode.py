@@ -1,4 +1,4 @@
-"""Contests of decoding: sampling, attention to the paged cache, the merge of two attentions."""
+"""Contests of decoding: sampling, attention to the paged cache and to a common prefix, the merge of two attentions."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contest import OURS, Contest, Outputs, Work, compiled, copying, gather
+from bench.contest import OURS, Contest, Outputs, Work, compiled, copying, gather, graphed
 from cai_fast import kernels
 
 SAMPLES = {"tiny": (3, 50), "cpu": (16, 8192), "gpu": (256, 128256)}  # rows, vocabulary
@@ -18,7 +18,16 @@ CACHES = {
         for batch, context in ((1, 8192), (16, 2048), (64, 2048), (256, 512), (512, 512), (64, 8192))
     },
 }  # sequences, keys each, query heads, key heads, head size
+PREFIXES = {
+    "tiny": {"B3 shared 64 own 20": (3, 64, 20, 4, 2, 16)},
+    "cpu": {"B32 shared 512 own 64": (32, 512, 64, 8, 4, 32)},
+    "gpu": {
+        f"B{batch} shared {shared} own {own}": (batch, shared, own, 32, 8, 128)
+        for batch, shared, own in ((256, 2304, 400), (64, 2304, 400), (16, 2304, 400), (256, 512, 400))
+    },
+}  # sequences, keys that all share and keys of each, query heads, key heads, head size
 PAGE = 64
+TILES = (16, 32)  # sequences that one program of shared_attention takes
 TOP_P = 0.9
 
 
@@ -92,6 +101,56 @@ def paged_attention(size: str, shape: tuple[int, ...], device: torch.device, com
     )  # fmt: skip
 
 
+def shared_attention(size: str, shape: tuple[int, ...], device: torch.device) -> Contest:
+    """A decode step's attention where all sequences begin with the same pages."""
+    batch, shared, own, q_heads, k_heads, width = shape
+    context, common, pages = shared + own, shared // PAGE, -(-own // PAGE)
+    full = {"dtype": torch.int32, "device": device}
+    lengths, starts = torch.full((batch,), context, **full), torch.full((batch,), shared, **full)
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        g = torch.Generator(device).manual_seed(seed)
+        query = torch.randn(batch, q_heads, width, generator=g, device=device).to(_dtype(device))
+        order = torch.randperm(common + batch * pages, generator=g, device=device).int()
+        k, v = torch.randn(2, len(order), k_heads, PAGE, width, generator=g, device=device).to(_dtype(device))
+        table = torch.cat((order[:common].expand(batch, -1), order[common:].view(batch, pages)), 1)
+        # What a cache without pages holds: the shared keys once per sequence.
+        flat = (t[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :context].contiguous() for t in (k, v))
+        return query, k, v, table, *flat
+
+    def in_tiles(rows: int) -> Work:
+        members = torch.arange(batch, **full)
+        members = F.pad(members, (0, -batch % rows), value=-1).view(-1, rows)
+        prefix = torch.full((1,), shared, **full), torch.zeros(len(members), **full), members
+
+        def work(x: tuple[Tensor, ...]) -> Outputs:
+            rest = kernels.paged_attention(*x[:4], lengths, starts=starts, return_lse=True)
+            first = kernels.shared_attention(*x[:3], x[3][:1, :common], *prefix)
+            return {"out": kernels.merge_attention(*first, *rest)[0]}
+
+        return work
+
+    def plain(x: tuple[Tensor, ...]) -> Outputs:
+        return {"out": kernels.paged_attention(*x[:4], lengths)}
+
+    def contiguous(x: tuple[Tensor, ...]) -> Outputs:
+        return {"out": F.scaled_dot_product_attention(x[0][:, :, None], *x[4:], enable_gqa=True)[:, :, 0]}
+
+    inputs = [make(s) for s in range(2)]
+    traffic = 2.0 * (shared + batch * own) * k_heads * width * inputs[0][0].element_size()
+    works = {"copy": copying(traffic, device), OURS: in_tiles(TILES[0])}
+    works |= {f"cai_fast, tiles of {rows}": in_tiles(rows) for rows in TILES[1:]}
+    works |= {"paged_attention": plain, "SDPA on contiguous cache": contiguous}
+    on_gpu = {"cai_fast, CUDA graph": graphed(works[OURS], inputs[0])} if device.type == "cuda" else {}
+    found, absent = gather(on_gpu)
+    return Contest(
+        "shared_attention", size, inputs, works | found, baseline="copy",
+        exact=lambda x: {"out": kernels.paged_attention(*(t.double() for t in x[:3]), x[3], lengths,
+                                                        backend="reference")},
+        flops=4.0 * batch * context * q_heads * width, bytes=traffic, absent=absent,
+    )  # fmt: skip
+
+
 def merge_attention(size: str, shape: tuple[int, ...], device: torch.device, compile: bool) -> Contest:
     batch, _, heads, _, width = shape
 
@@ -122,6 +181,8 @@ def contests(scale: str, device: torch.device, *, compile: bool = True) -> Itera
     """Contests at the sizes of `scale` (tiny, cpu, gpu)."""
     for size, shape in CACHES[scale].items():
         yield paged_attention(size, shape, device, compile)
+    for size, shape in PREFIXES[scale].items():
+        yield shared_attention(size, shape, device)
     yield merge_attention(*next(iter(CACHES[scale].items())), device, compile)
     yield sample(scale, device, 1.0)
     yield sample(scale, device, TOP_P)

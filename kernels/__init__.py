@@ -6,7 +6,7 @@ there is one and chunked elsewhere, and the environment variable CAI_FAST_KERNEL
 """
 
 from .adamw import adamw_step, gradient_norm, join_master, split_master
-from .attention import merge_attention, paged_attention
+from .attention import merge_attention, paged_attention, shared_attention
 from .block import rms_norm, rope, swiglu
 from .gae import gae
 from .linear_cross_entropy import linear_cross_entropy
@@ -45,6 +45,7 @@ __all__ = [
     "rope",
     "sample_tokens",
     "score_options",
+    "shared_attention",
     "split_master",
     "swiglu",
 ]

@@ -20,7 +20,7 @@ FP32_ERROR = 1e-4  # sums over a few dozen rows
 OPERATIONS = {
     "head": {"linear_cross_entropy", "linear_policy_loss", "linear_logprob", "linear_kl"},
     "preference": {"score_options", "preference_labels", "preference_loss", "gae", "policy statistics"},
-    "decode": {"paged_attention", "merge_attention", "sample_tokens", "sample_tokens top-p"},
+    "decode": {"paged_attention", "shared_attention", "merge_attention", "sample_tokens", "sample_tokens top-p"},
     "block": {"rms_norm", "rms_norm + residual", "rope", "swiglu", "adamw_step", "gradient_norm"},
 }
 LEFT_OUT = {  # not installed for the tests, or for a GPU only

@@ -18,8 +18,15 @@ def adamw(**changes: object) -> None:
     kernels.adamw_step(BF16, I16, BF16, PAIR, PAIR, **STEP | changes)
 
 
-def paged(table: torch.Tensor, lengths: torch.Tensor) -> None:
-    kernels.paged_attention(torch.zeros(2, 2, 4), torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 8, 4), table, lengths)
+def paged(table: torch.Tensor, lengths: torch.Tensor, **arguments: object) -> None:
+    pages = torch.zeros(2, 3, 1, 8, 4)
+    kernels.paged_attention(torch.zeros(2, 2, 4), *pages, table, lengths, **arguments)
+
+
+def shared(**changes: object) -> None:
+    pages = {"query": torch.zeros(2, 2, 4), "k_pages": torch.zeros(3, 1, 8, 4), "v_pages": torch.zeros(3, 1, 8, 4)}
+    tiles = {"tables": T[:2, None], "lengths": T[:2], "tile_group": T, "tile_rows": T[:, None]}
+    kernels.shared_attention(**pages | tiles | changes)
 
 
 def entropy(**arguments: object) -> None:
@@ -52,6 +59,14 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "two batches": (lambda: kernels.merge_attention(H, ROWS, H[:1], ROWS[:1]), "merge_attention: expected two out"),
     "table of floats": (lambda: paged(torch.zeros(2, 1), T[:2]), "block_table must be an integer tensor"),
     "a table too short": (lambda: paged(T[:1, None], T[:2]), "expected block_table .B, P. and seq_lens .B. for 2"),
+    "a start too few": (lambda: paged(T[:2, None], T[:2], starts=T[:1]), "expected starts of shape .2., got .1."),
+    "starts of floats": (lambda: paged(T[:2, None], T[:2], starts=PAIR), "starts must be an integer tensor"),
+    "heads of two sizes": (lambda: shared(query=torch.zeros(2, 2, 8)), "shared_attention: expected query .B, Hq, D."),
+    "a list of queries": (lambda: shared(query=[1]), "query must be a floating-point tensor, got list"),
+    "prefixes without lengths": (lambda: shared(lengths=T), "shared_attention: expected tables .G, P., lengths .G."),
+    "tiles without rows": (lambda: shared(tile_rows=T), "and tile_rows .N, R., got .2, 1., .2., .3., .3."),
+    "tiles elsewhere": (lambda: shared(tile_group=META.long()), "tile_group must be on cpu, got meta"),
+    "rows of floats": (lambda: shared(tile_rows=H), "tile_rows must be an integer tensor"),
     "learning rate": (lambda: adamw(lr=-1.0), "adamw_step: lr must be a finite number >= 0, got -1.0"),
     "one beta": (lambda: adamw(betas=(0.9,)), "betas must be two numbers"),
     "half a step": (lambda: adamw(step=1.5), "expected step >= 1"),

@@ -107,6 +107,22 @@ def test_merge_is_as_exact_as_torch(dtype: torch.dtype, shape: tuple[int, ...]) 
         assert all(torch.equal(a, b) for a, b in zip(poisoned, ours, strict=True))
 
 
+def test_nan_stays_where_torch_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel.paged_attention, "__kwdefaults__", {"split": 16, "warps": 4})
+    query, k_pages, v_pages, table, lengths = cache(torch.float32)
+    query[1, 3] = math.nan
+    k_pages[table[3, 5], 0, 2] = math.nan  # two heads of the longest sequence
+    v_pages[table[2, 0], 1, 0, 5] = math.nan  # one column of two heads
+    results = []
+    for backend in ("triton", "chunked"):
+        one = paged_attention(query, k_pages, v_pages, table, lengths, return_lse=True, backend=backend)
+        two = (torch.ones_like(one[0]), torch.zeros_like(one[1]))
+        results.append((*one, *merge_attention(*one, *two, backend=backend)))
+    for ours, plain in zip(*results, strict=True):
+        assert plain.isnan().any() and not plain.isnan().all()
+        torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
 def test_a_length_beyond_the_table_counts_the_tables_keys() -> None:
     g = torch.Generator().manual_seed(3)
     query, (k, v) = torch.randn(1, 2, 16, generator=g), torch.randn(2, 4, 1, 4, 16, generator=g)
@@ -133,21 +149,36 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sm_90(tmp_path) -> None:
-    strides = ("q_sequence", "q_head", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token", "table_row")
-    partial = dict.fromkeys(("query", "k_pages", "v_pages"), "*bf16") | {"table": "*i32", "lengths": "*i32"}
-    partial |= dict.fromkeys(("acc_out", "max_out", "sum_out"), "*fp32") | {"scale": "fp32"}
-    partial |= dict.fromkeys(("table_width", "head_size", *strides), "i32")
+    strides = ("q_head", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token")
+    attend = dict.fromkeys(("query", "k_pages", "v_pages"), "*bf16") | {"lengths": "*i32", "scale": "fp32"}
+    attend |= dict.fromkeys(("acc_out", "max_out", "sum_out"), "*fp32")
+    attend |= dict.fromkeys(("head_size", "table_row", *strides), "i32")
     unit = dict.fromkeys(("q_column", "k_column", "v_column", "table_column", "length_stride"), 1)
+    partial = attend | {"table": "*i32", "table_width": "i32", "q_sequence": "i32"}
     merge = dict.fromkeys(("acc_in", "max_in", "sum_in", "lse_out"), "*fp32") | {"out": "*bf16"}
+    merge |= dict.fromkeys(("splits", "heads", "head_size"), "i32")
     two = dict.fromkeys(("lse1", "lse2", "lse_out"), "*fp32") | dict.fromkeys(("out1", "out2", "out"), "*bf16")
+    tiles = {"tile_group": "*i32", "tile_rows": "*i32", "lengths": "*i32", "keys": "i32", "tile_stride": "i32"}
+    split, start = {"SPLIT": kernel.SPLIT}, {"starts": "*i32"}
+    members = {"group_stride": 1, "member_stride": 1, "length_stride": 1}
     cases = [
-        Case("attention:_merge_splits", merge | dict.fromkeys(("splits", "head_size"), "i32"), {"HEAD": 128}, warps=1),
+        Case("attention:_merge_splits", merge | start, split | {"HEAD": 128, "start_stride": 1}, warps=1),
         Case("attention:_merge_two", two | dict.fromkeys(("rows", "size"), "i32"), {"ROWS": 16, "HEAD": 128}),
+        Case("attention:_merge_tiles", merge | tiles, split | members | {"HEAD": 128, "TILE": 16}, warps=1),
     ]
-    for size, group, page in ((64, 4, 16), (128, 4, 64)):
-        sizes = {"GROUP": group, "HEAD": size, "PAGE": page, "BLOCK": kernel.BLOCK, "SPLIT": kernel.SPLIT, "ROWS": 16}
-        cases.append(Case("attention:_partial", partial, unit | sizes, aligned=("head_size", *strides[:-1])))
+    for size, group, page, starts in ((64, 4, 16, {}), (128, 4, 64, {}), (128, 4, 64, start)):
+        sizes = split | {"GROUP": group, "HEAD": size, "PAGE": page, "BLOCK": kernel.BLOCK, "ROWS": 16}
+        sizes |= {"start_stride": 1} if starts else {"start_stride": 0, "starts": None}
+        aligned = ("head_size", "q_sequence", *strides)
+        cases.append(Case("attention:_partial", partial | starts, unit | sizes, aligned=aligned))
+    for rows in (64, kernel.TILE_ROWS):
+        sizes = split | {"GROUP": 4, "HEAD": 128, "PAGE": 64, "BLOCK": kernel.BLOCK, "ROWS": rows}
+        sizes |= unit | members | {"TILE": rows // 4, "PARTS": 1}
+        aligned = ("head_size", "q_row", *strides)
+        shared = attend | tiles | {"tables": "*i32", "q_row": "i32"}
+        cases.append(Case("attention:_shared_partial", shared, sizes, rows // 16, aligned=aligned))
     reports = compile_all(cases, tmp_path)
     for report in reports:
         check(report)
-    assert all(report.count("HMMA") > 0 for report in reports[2:])
+    assert all(report.count("HMMA") > 0 for report in reports[3:6])
+    assert all(report.count("HGMMA") > 0 for report in reports[6:])

@@ -63,7 +63,15 @@ def attention(place: object) -> list[Tensor]:
     return list(paged.paged_attention(query, k, v, table, lengths, 0.25))
 
 
-CASES = {f.__name__: f for f in (row_kernel, kl_row_kernel, sampling, scoring, attention)}
+def shared_prefix(place: object) -> list[Tensor]:
+    query = place(random(3, 1, 16, dtype=torch.bfloat16))
+    k, v = place(random(3, 1, 16, 16, dtype=torch.bfloat16)), place(random(3, 1, 16, 16, dtype=torch.bfloat16).flip(0))
+    tables, tile = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([[2, 1, 0]], dtype=torch.int32)
+    group = torch.zeros(1, dtype=torch.int32)
+    return list(paged.shared_attention(query, k, v, tables, torch.tensor([20]), group, tile, 0.25))
+
+
+CASES = {f.__name__: f for f in (row_kernel, kl_row_kernel, sampling, scoring, attention, shared_prefix)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,6 +97,7 @@ FAULTS = {
     "row_kernel": ("kernels", ROW),
     "kl_row_kernel": ("kernels", ROW),
     "attention": ("paged", ("other=0).to(tl.int64)\n", "other=0)\n")),
+    "shared_prefix": ("paged", ("other=-1).to(tl.int64)\n", "other=-1)\n")),
 }
 
 
