@@ -235,9 +235,11 @@ def shared_attention(
 
 
 def _merge_torch(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(lse1, lse2)
+    lse = torch.logaddexp(lse1.double(), lse2.double()).to(torch.promote_types(lse1.dtype, lse2.dtype))
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    share1, share2 = (lse1 - finite).exp()[..., None], (lse2 - finite).exp()[..., None]
+    # In fp64: its rounding to fp32 does not depend on where in the tensor (in a vector register or in the loop's tail)
+    # a row lies, as an fp32 exponential's does.
+    share1, share2 = ((x - finite).double().exp().to(lse.dtype)[..., None] for x in (lse1, lse2))
     return (out1 * share1 + out2 * share2).to(out1.dtype), lse
 
 

@@ -118,7 +118,7 @@ def test_a_row_reads_as_the_prefill_of_its_tokens(model: Model, monkeypatch: pyt
     runner, rest = engine(model, page_size=size), [[5] * 9, [6] * 30, [5] * 9]
     whole = [runner.prefix([*SHARED, *prompt]).kv for prompt in rest]
     read: list[torch.Tensor] = []
-    watch_admission(monkeypatch, lambda e: read.extend(e._cache.read(i, kv.shape[3]) for i, kv in order))
+    watch_admission(monkeypatch, lambda e: read.extend(e._cache.read(i, 0, kv.shape[3]) for i, kv in order))
     order = list(enumerate([whole[1], whole[0], whole[0]]))  # the longest first
     runner.generate(rest, Sampling(max_new_tokens=2), prefix=runner.prefix(SHARED))
     assert len(read) == 3

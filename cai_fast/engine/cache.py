@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cai_fast.engine.blocks import Blocks, attention_lse, shared_stretch
 from cai_fast.engine.prefix import Prefix
 
 # A masked key contributes exactly zero, so a wider window changes no bit as long as its width is a
@@ -40,12 +41,18 @@ def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 class SlotCache:
-    """Row i owns page i, as long as the longest request: `(layers, 2, slots, kv_heads, positions, head_dim)`."""
+    """Row i owns page i, as long as the longest request: `(layers, 2, slots, kv_heads, positions, head_dim)`.
+
+    With `share` a long prefix is not copied into the rows behind it: their pages begin after it (see blocks.py).
+    """
 
     ragged = False  # whether a decode step reads each row's own positions only, not the longest row's for all
 
-    def __init__(self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int, like: Tensor) -> None:
-        self.kv_heads, self.page_size = kv_heads, positions
+    def __init__(
+        self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int, like: Tensor, share: bool = False
+    ) -> None:
+        self.kv_heads, self.page_size, self.shares = kv_heads, positions, share
+        self.blocks = Blocks(slots, like.device)
         # Zeroed: a masked position has weight zero, and zero times an uninitialised NaN would be NaN.
         self.kv = like.new_zeros(layers, 2, slots, kv_heads, positions, head_dim)
         self.bytes_per_token = self.kv[:, :, 0, :, 0].nbytes
@@ -57,19 +64,24 @@ class SlotCache:
 
         `twin`: an older row whose `length` prompt tokens (and prefix) are the same.
         """
+        self.blocks.join(row, shared_stretch(prefix) if self.shares else None)
         return True
 
     def seat(self, rows: slice) -> None:
         """Make rows that were reserved ready for use."""
+        skipped = [self.blocks.skipped(row) for row in range(rows.start, rows.stop)]
+        self.blocks.skip[rows] = torch.tensor(skipped, device=self.kv.device)
 
     def vacate(self, rows: slice) -> None:
         """Rows that nobody is in any more: what a padded batch writes to them goes where nobody reads."""
 
     def release(self, rows: Iterable[int]) -> None:
         """Give back what the rows hold."""
+        self.blocks.leave(rows)
 
     def clear(self) -> None:
         """Release every row."""
+        self.release(range(self.blocks.skip.shape[0]))
 
     def forget(self, version: tuple[int, ...]) -> None:
         """Drop what is kept for prefixes that are gone or were made with weights other than `version`."""
@@ -80,7 +92,7 @@ class SlotCache:
 
     def index(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Where `write` puts the tokens at the given row and position `[T]`: `[T * kv_heads]`."""
-        return self._index(rows, positions)
+        return self._index(rows, positions - self.blocks.skip[rows] if self.blocks else positions)
 
     def _index(self, pages: Tensor, offsets: Tensor) -> Tensor:
         first = pages * (self.kv_heads * self.page_size) + offsets
@@ -93,21 +105,37 @@ class SlotCache:
         values.index_copy_(0, index, v.reshape(-1, v.shape[-1]))
 
     def fill(self, row: int, prefix: Prefix) -> None:
-        """Put a prefix's keys and values at the start of a row."""
-        self.kv[:, :, row, :, : len(prefix)].copy_(prefix.kv)
+        """Put a prefix's keys and values at the start of a row, but for what the row shares."""
+        begin = 0
+        for kv in prefix.stretches[1:] if self.blocks.skipped(row) else prefix.stretches:
+            self.kv[:, :, row, :, begin : begin + kv.shape[3]].copy_(kv)
+            begin += kv.shape[3]
 
-    def read(self, row: int, length: int) -> Tensor:
-        """Keys and values `(layers, 2, kv_heads, length, head_dim)` of a row's first positions, as a view if it can."""
-        return self.kv[:, :, row, :, :length]
+    def read(self, row: int, start: int, stop: int) -> Tensor:
+        """Keys and values `(layers, 2, kv_heads, stop - start, head_dim)` of positions that are the row's own."""
+        skip = self.blocks.skipped(row)
+        return self.kv[:, :, row, :, start - skip : stop - skip]
 
     def share(self, row: int, twin: int, length: int) -> None:
         """Put the first `length` positions of row `twin` at the start of `row`."""
-        self.read(row, length).copy_(self.read(twin, length))
+        start = self.blocks.skipped(row)
+        self.read(row, start, length).copy_(self.read(twin, start, length))
 
     def move(self, holes: Sequence[int], tails: Sequence[int], lengths: Sequence[int]) -> None:
         """Row `tails[i]`, of `lengths[i]` cached positions, becomes the free row `holes[i]`."""
         for hole, tail, length in zip(holes, tails, lengths, strict=True):
-            self.share(hole, tail, length)
+            own = length - self.blocks.skipped(tail)
+            self.kv[:, :, hole, :, :own].copy_(self.kv[:, :, tail, :, :own])
+            self.blocks.move(hole, tail)
+        self.blocks.skip[holes] = self.blocks.skip[tails]
+
+    def skipped(self, row: int) -> int:
+        """Positions at the start of a row that a step does not read for it alone."""
+        return self.blocks.skipped(row)
+
+    def common(self) -> int:
+        """Positions that a step reads once for several rows."""
+        return self.blocks.positions()
 
     def width(self, longest: int) -> int:
         """Positions to attend to in a step whose longest row has `longest`."""
@@ -116,6 +144,8 @@ class SlotCache:
     def reader(self, positions: Tensor, width: int, windows: set[int | None]) -> Read:
         """Attention of one query a row over its keys up to `positions [n]` (< width); made once a step."""
         n, masks = positions.shape[0], {}
+        if self.blocks:
+            positions = positions - self.blocks.skip[:n]
         for window in windows:
             seen = band(positions[:, None], torch.arange(width, device=positions.device), window)
             # Additive and made once a step: a bool mask is converted again in every layer.
@@ -124,6 +154,9 @@ class SlotCache:
 
         def attention(layer: int, window: int | None, q: Tensor) -> Tensor:
             keys, values = self.kv[layer, :, :n, :, :width]
+            if self.blocks:
+                own, lse = attention_lse(q[:, :, None], keys, values, masks[window])
+                return self.blocks.merge(layer, q, own.squeeze(2), lse.squeeze(2))
             grouped = q.shape[1] != self.kv_heads
             return F.scaled_dot_product_attention(
                 q[:, :, None], keys, values, masks[window], enable_gqa=grouped

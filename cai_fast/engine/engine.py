@@ -279,7 +279,7 @@ class Engine:
             before = request.length - len(request.prompt)
             drawn = [] if self.deterministic else one.tokens[:-1]  # the last one was never an input
             tokens = [*request.prompt, *drawn]
-            own = self._cache.read(one.row, before + len(tokens))[:, :, :, before:].clone()
+            own = self._cache.read(one.row, before, request.length + len(drawn)).clone()
             shared = request.prefix or Prefix((), (), None, version)
             kept[request.index] = Prefix((*shared.token_ids, *tokens), (*shared.stretches, own), None, version)
         return kept
@@ -379,7 +379,7 @@ class Engine:
 
     def _count_step(self, rows: Rows, count: int, padded: int, width: int) -> None:
         """Count the work of a step for `count` rows in a batch of `padded`."""
-        cached = rows.cached() if self._cache.ragged else count * width
+        cached = (rows.cached() if self._cache.ragged else count * width) + self._cache.common()
         self.counters["kv_bytes"] += cached * self._cache.bytes_per_token
         self.counters["trunk_tokens"] += count
         self.counters["padding_tokens"] += padded - count

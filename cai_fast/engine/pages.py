@@ -134,9 +134,9 @@ class PagedCache(SlotCache):
         if rest:
             self.kv[:, :, self._rows[row][full], :, :rest] = prefix.kv[..., full * self.page_size :, :]
 
-    def read(self, row: int, length: int) -> Tensor:
+    def read(self, row: int, start: int, stop: int) -> Tensor:
         """See `SlotCache.read`: a copy."""
-        return self.kv[:, :, self._rows[row]].transpose(2, 3).flatten(3, 4)[..., :length, :]
+        return self.kv[:, :, self._rows[row]].transpose(2, 3).flatten(3, 4)[..., start:stop, :]
 
     def share(self, row: int, twin: int, length: int) -> None:
         """Copy the prompt's partial last page; the full ones are shared."""
@@ -195,7 +195,8 @@ def make_cache(
         )
     if not page_size:
         positions = round_up(max_len, WIDTH_STEP)
-        return SlotCache(config.num_layers, rows, config.num_kv_heads, positions, config.head_dim, like)
+        share = like.device.type == "cpu" and config.max_window is None
+        return SlotCache(config.num_layers, rows, config.num_kv_heads, positions, config.head_dim, like, share)
     needed = -(-max_len // page_size)
     page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * like.element_size() * page_size
     if num_pages is None:

@@ -33,7 +33,8 @@ class Prefix:
             return self
         stretches, left = [], length
         for kv in self.stretches:
-            stretches.append(kv[:, :, :, :left])
+            # A whole stretch stays the same object: that is how rows are seen to share it.
+            stretches.append(kv if kv.shape[3] <= left else kv[:, :, :, :left])
             left -= stretches[-1].shape[3]
             if left == 0:
                 break

@@ -68,11 +68,11 @@ class Rows:
         return len(self.active)
 
     def width(self) -> int:
-        """Cached positions of the longest active row once its newest token is written."""
+        """Own cached positions of the longest active row once its newest token is written."""
         return self._reach + self.step
 
     def cached(self) -> int:
-        """Cached positions of all active rows once their newest tokens are written."""
+        """Own cached positions of all active rows once their newest tokens are written."""
         return self._sum + len(self.active) * self.step
 
     def left(self) -> int:
@@ -81,7 +81,7 @@ class Rows:
 
     def _changed(self) -> None:
         """Renew what is derived from the set of active rows."""
-        lengths = [row.length(0) for row in self.active]
+        lengths = [host.length(0) - self.cache.skipped(row) for row, host in enumerate(self.active)]
         self._reach, self._sum = max(lengths, default=0), sum(lengths)
         self._laws = None
 
