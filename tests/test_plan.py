@@ -1,6 +1,7 @@
 """The plan: tokens, pages and times by hand, and as an upper bound of what a real run counted."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -187,3 +188,29 @@ def test_a_run_computes_less_than_planned(
         assert 1.0 <= share * made.prefill / found["prefill_tokens"] <= 4.0, stage
         assert share * made.decode >= found["generated_tokens"] >= share * made.decode / 8, stage
     assert rooms == {made.room for works in planner.works.values() for made in works}
+
+
+def sliding(inputs: Path, folder: Path) -> Path:
+    """The checkpoint of the inputs with a sliding window of 64 tokens."""
+    shutil.copytree(inputs / "base", folder)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    values = {name: value for name, value in values.items() if name not in ("attention_bias", "mlp_bias")}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_pages_that_cannot_work_are_refused_before_any_work(inputs: Path, tmp_path: Path, capfd: Any) -> None:
+    windowed = {"model__base": sliding(inputs, tmp_path / "sliding")}
+    cases = (
+        ({"engine__num_pages": 20, "engine__page_size": 16}, "engine.num_pages = 20 must be at least 84: pages of 16"),
+        ({**windowed, "engine__page_size": 16}, "engine.page_size = 16: model.assistant has a sliding window of 64"),
+    )
+    for settings, message in cases:
+        for action in ([], ["--check"]):
+            assert textworld.main([*textworld.arguments(inputs, tmp_path / "run", **settings), *action]) == 2
+            error = capfd.readouterr().err
+            assert message in error and "stage revise" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    for settings in (windowed, {"engine__num_pages": 84, "engine__page_size": 16}):
+        assert textworld.main([*textworld.arguments(inputs, tmp_path / "run", **settings), "--check"]) == 0
