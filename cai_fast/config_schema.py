@@ -185,9 +185,21 @@ class EngineConfig(Section):
     max_batch: int = opt(64, "sequences generated at once", lo=1, work=True)
     max_len: int = opt(0, "token slots per sequence; 0: what the stage needs", lo=0, work=True)
     prefill_tokens: int = opt(8192, "prompt tokens per prefill pass", lo=64, work=True)
+    page_size: int = opt(
+        -1, "tokens per page of the KV cache; 0: one slot per sequence; -1: 64 on a GPU (slots with a sliding window "
+        "shorter than the sequences), slots on a CPU", lo=-1, work=True,
+    )  # fmt: skip
+    num_pages: int = opt(
+        0, "pages of the KV cache; 0: what max_batch sequences need, on a GPU at most half of the free memory", lo=0,
+        work=True,
+    )  # fmt: skip
     deterministic: bool | str = opt(
         "auto", "same bits whatever the batch; auto: on CPU only", choices=("auto",), work=True
     )
+
+    def check_together(self, s: types.SimpleNamespace) -> None:
+        if s.num_pages and not s.page_size:
+            raise InputError(f"engine.num_pages = {s.num_pages} is for pages, but engine.page_size = 0 asks for slots.")
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ class Context:
             deterministic=deterministic,
             prefill_tokens=settings.prefill_tokens,
             tokenizer=renderer.tokenizer,
+            page_size=None if settings.page_size < 0 else settings.page_size,
+            num_pages=settings.num_pages or None,
         )
         self.engines.add(engine)
         return engine

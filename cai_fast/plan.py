@@ -2,42 +2,29 @@
 
 Estimates from shapes alone: weights, gradients, AdamW's state, KV cache and head buffers are exact products;
 activations are 34 bytes per token, layer and hidden unit at fp32 (Korthikanti et al. 2022, arXiv 2205.05198, without
-the attention matrix), and time is 2 floating-point operations per parameter and token (6 in training) at a stated
-fraction of the device's peak. Prompt counts are read from the sources.
+the attention matrix). What the engine does is in workload.py, how long it takes in capacity.py; training takes 6
+floating-point operations per parameter and token. Prompt counts are read from the sources.
 """
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from cai_fast import pipeline, readers
+import torch
+
+from cai_fast import capacity, pipeline, readers, workload
+from cai_fast.capacity import Pool
 from cai_fast.config import Config
 from cai_fast.errors import InputError
-from cai_fast.model import ModelConfig
+from cai_fast.model import Model, ModelConfig
 from cai_fast.model.hf import read_config
+from cai_fast.workload import Work
 
 GIB = 2**30
 HEAD_ROWS = 2048  # rows of fp32 logits held at once by the LM head
-CPU_RATE, GPU_RATE = 5e10, 4e14  # floating-point operations per second assumed: two cores; one H200 at 40 %
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One line of the table: bytes and tokens."""
-
-    name: str
-    weights: float
-    training: float
-    cache: float
-    activations: float
-    disk: float
-    tokens: float
-    flops: float
-
-    @property
-    def memory(self) -> float:
-        """Peak bytes on one device."""
-        return self.weights + self.training + self.cache + self.activations
+TEXT_BYTES = 3  # on disk, per token computed
+ROLES = {"revise": "assistant", "label": "judge"}  # of the model a stage works with; else base
 
 
 @dataclass(frozen=True)
@@ -47,51 +34,172 @@ class Shape:
     config: ModelConfig
     params: int
 
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One line of the table: bytes, tokens, seconds."""
+
+    name: str
+    weights: float
+    training: float
+    cache: float
+    activations: float
+    disk: float
+    trained: int
+    prefill: int
+    decode: int
+    seconds: float
+
     @property
-    def cache_per_token(self) -> int:
-        """Elements of keys and values per token."""
-        return 2 * self.config.num_layers * self.config.num_kv_heads * self.config.head_dim
+    def memory(self) -> float:
+        """Peak bytes on one device."""
+        return self.weights + self.training + self.cache + self.activations
 
 
 def plan_lines(config: Config) -> list[str]:
-    """The table of `--plan`."""
-    shape = _shape(config)
-    gpu = _uses_gpu(config)
-    rate = GPU_RATE if gpu else CPU_RATE
-    plans = _plans(config, shape, weight_width(config))
+    """The tables of `--plan`."""
+    planner = Planner(config)
+    base = planner.shape("base")
+    plans = [planner.stage(stage) for stage in config.stages]
     lines = [
-        f"model.base: {shape.params:,} parameters, {shape.config.num_layers} layers, hidden {shape.config.hidden_size}",
-        f"{'stage':10} {'weights':>9} {'training':>9} {'KV':>9} {'activ.':>9} {'peak':>9}  "
-        f"{'disk':>9} {'tokens':>9} {'hours':>7}   (GiB; peak per device)",
+        f"model.base: {base.params:,} parameters, {base.config.num_layers} layers, hidden {base.config.hidden_size}",
+        f"{'stage':10}{'weights':>9}{'training':>9}{'KV':>9}{'activ.':>9}{'peak':>9}{'disk':>10}"
+        f"{'trained':>10}{'prefill':>9}{'decode':>9}{'time':>10}",
     ]
     for plan in plans:
-        sizes = [plan.weights, plan.training, plan.cache, plan.activations, plan.memory]
-        row = " ".join(f"{size / GIB:9.3f}" for size in sizes)
-        hours = plan.flops / rate / 3600
-        lines.append(f"{plan.name:10} {row}  {plan.disk / GIB:9.3f} {_short(plan.tokens):>9} {hours:7.2f}")
-    total = sum(plan.flops for plan in plans) / rate / 3600
-    lines.append(f"{'total':10} {'':49}  {sum(p.disk for p in plans) / GIB:9.3f} {'':9} {total:7.2f}")
-    lines.append(f"Time assumes {rate:.0e} floating-point operations per second and device; no work was done.")
-    return lines
+        sizes = (plan.weights, plan.training, plan.cache, plan.activations, plan.memory)
+        row = "".join(f"{size / GIB:9.3f}" for size in sizes) + f"{plan.disk / GIB:10.3f}"
+        tokens = f"{_short(plan.trained):>10}{_short(plan.prefill):>9}{_short(plan.decode):>9}"
+        lines.append(f"{plan.name:10}{row}{tokens}{_time(plan.seconds):>10}")
+    disk, spent = sum(p.disk for p in plans) / GIB, sum(p.seconds for p in plans)
+    lines += [f"{'total':10}{'':45}{disk:10.3f}{'':28}{_time(spent):>10}", *_cache_lines(planner)]
+    return [
+        *lines,
+        "Sizes in GiB, peak per device; tokens at most: every prompt and text as long as allowed; time on one device.",
+        *str(planner.rates).splitlines(),
+        "No work was done.",
+    ]
+
+
+def _cache_lines(planner: "Planner") -> list[str]:
+    """The table of the engines' caches."""
+    head = f"{'KV cache':20}{'rows':>6}{'longest':>9}  {'pages':24}"
+    lines = [head + f"{'MiB each':>9}{'shared':>8}{'in use':>8}{'GiB':>9}"]
+    for stage, work in ((s, w) for s, works in planner.works.items() for w in works):
+        pool = planner.pool(stage, work)
+        name = work.name if work.engines == 1 else f"{work.name} (each of {work.engines})"
+        pages = f"{pool.pages:,} {'pages' if pool.paged else 'slots'} of {pool.size}"
+        lines.append(
+            f"{name:20}{pool.rows:6}{work.room:9}  {pages:24}{pool.page_bytes / 2**20:9.2f}{pool.shared:8}"
+            f"{pool.used(work):8}{pool.nbytes / GIB:9.3f}"
+        )
+    return lines if len(lines) > 1 else []
 
 
 def check_memory(config: Config) -> str:
     """A line to print, or InputError if some stage's weights and optimizer alone exceed one device's memory."""
-    import torch
-
-    if _uses_gpu(config):
-        memory, where = torch.cuda.mem_get_info()[1], "GPU"
-    else:
-        memory, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
-    worst = max(_plans(config, _shape(config), weight_width(config)), key=lambda plan: plan.weights + plan.training)
-    floor = worst.weights + worst.training
+    memory, where = _memory(config), "GPU" if uses_gpu(config) else "machine"
+    floors = {stage: sum(held(config, stage)) for stage in config.stages}
+    worst = max(floors, key=lambda stage: floors[stage])
+    floor = floors[worst]
     if floor > memory:
         raise InputError(
-            f"Stage {worst.name} needs at least {floor / GIB:.1f} GiB for weights and optimizer, this {where} has "
+            f"Stage {worst} needs at least {floor / GIB:.1f} GiB for weights and optimizer, this {where} has "
             f"{memory / GIB:.1f} GiB. Use a smaller model.base or a larger {where}"
-            + ("." if config.rl.critic == "detached" or worst.name != "rl" else ", or set rl.critic = detached.")
+            + ("." if config.rl.critic == "detached" or worst != "rl" else ", or set rl.critic = detached.")
         )
-    return f"memory        {floor / GIB:.2f} GiB for weights and optimizer in stage {worst.name}, of {memory / GIB:.0f}"
+    return f"memory        {floor / GIB:.2f} GiB for weights and optimizer in stage {worst}, of {memory / GIB:.0f}"
+
+
+class Planner:
+    """The engines' work of a configuration, on the device that it runs on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.width, gpu = config, weight_width(config), uses_gpu(config)
+        self.counts = prompt_counts(config)
+        self.works = workload.works(config, self.counts, workload.renderers(config), cpu=not gpu)
+        self.passes = workload.passes(config, self.counts)
+        self.rates = capacity.rates(torch.device("cuda" if gpu else "cpu"), pipeline.weight_type(config, _kind(config)))
+
+    def shape(self, role: str) -> Shape:
+        """Of the model in a role."""
+        return shape(self.config.role(role))
+
+    def pool(self, stage: str, work: Work) -> Pool:
+        """The cache of one engine of a stage, made when the stage's models are loaded."""
+        free = None
+        if uses_gpu(self.config):
+            free = _memory(self.config) - int(held(self.config, stage)[0])
+        return capacity.pool(self.config.engine, self.shape(work.role).config, self.width, work, free)
+
+    def stage(self, stage: str) -> StagePlan:
+        """The plan of one stage."""
+        config, width, works, passes = self.config, self.width, self.works.get(stage, []), self.passes[stage]
+        weights, training = held(config, stage)
+        base = self.shape(ROLES.get(stage, "base"))
+        micro = _steps(config).get(stage, (0, 0))[1]
+        head = min(HEAD_ROWS, micro or HEAD_ROWS) * base.config.vocab_size * 4 if stage != "report" else 0
+        active = 34 / 2 * width * micro * base.config.num_layers * base.config.hidden_size
+        caches, spent = [0], 0.0
+        for work in works:
+            cache, model = self.pool(stage, work), self.shape(work.role)
+            outside = (work.kept + sum(work.blocks)) * capacity.token_bytes(model.config, width)
+            caches.append(work.engines * cache.nbytes + outside)
+            spent += capacity.seconds(work, cache, model.params, width, self.rates)
+        networks = _networks(config, stage)
+        spent += self.rates.packed(base.params * (6 * networks * passes.trained + 2 * passes.scored))
+        prefill, decode = sum(w.prefill for w in works), sum(w.decode for w in works)
+        exported = networks * base.params * (2 * width + _trained_bytes(config, width, stage)[1])  # and its state
+        disk = TEXT_BYTES * (prefill + decode) + exported
+        return StagePlan(
+            stage, weights, training, max(caches), active + head, disk, passes.trained, prefill, decode, spent
+        )
+
+
+def _networks(config: Config, stage: str) -> int:
+    """How many a stage trains at a time."""
+    return {"base": 1, "sft": 1, "pm": 1, "rl": 1 if config.rl.critic == "detached" else 2}.get(stage, 0)
+
+
+def held(config: Config, stage: str) -> tuple[float, float]:
+    """Bytes on one device of a stage's models; of gradients and optimizer."""
+    width, sizes = weight_width(config), shape(config.role(ROLES.get(stage, "base")))
+    networks, model = _networks(config, stage), sizes.config
+    models = {
+        "compare": 2 if config.compare.base_fraction else 1,
+        "rl": networks + 2,  # the reference and the preference model are not trained
+        "evaluate": 4,  # three policies and the preference model
+        "report": 0,
+    }.get(stage, 1)
+    main_grad = 4 * model.vocab_size * model.hidden_size if width == 2 and stage in ("sft", "rl") else 0
+    training = networks * sizes.params * _trained_bytes(config, width, stage)[0] + main_grad
+    return models * sizes.params * width, training
+
+
+def _steps(config: Config) -> dict[str, tuple[float, int]]:
+    """(tokens per optimizer step, tokens per forward pass) of the stages that train."""
+    prompt, rl = config.data.max_prompt_tokens, config.rl
+    rollout = rl.prompts_per_step * rl.samples_per_prompt * (prompt + rl.max_new_tokens)
+    return {
+        "base": (config.base.tokens_per_step, config.base.tokens_per_step),
+        "sft": (config.sft.batch_tokens, config.sft.micro_tokens),
+        "pm": (2 * config.pm.batch_pairs * (prompt + config.compare.max_new_tokens), config.pm.micro_tokens),
+        "rl": (rollout / rl.minibatches, rl.micro_tokens),
+    }
+
+
+def _trained_bytes(config: Config, width: int, stage: str) -> tuple[int, int]:
+    """Bytes per trained weight: (gradient and AdamW's state, the state alone).
+
+    fp32 weights: fp32 gradient, two fp32 moments. bf16 weights: the 16-bit remainder of the exact fp32 weight, moments
+    as `model.moments` says, and a gradient that is bf16 unless several micro-batches are summed, in fp32 (that of the
+    language-model head always is: `held` adds it).
+    """
+    if width == 4:
+        return 4 + 8, 8
+    state = 2 + (8 if config.model.moments == "float32" else 4)
+    step, micro = _steps(config).get(stage, (0, 0))
+    return (2 if step <= micro else 4) + state, state
 
 
 def _short(count: float) -> str:
@@ -101,120 +209,57 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _uses_gpu(config: Config) -> bool:
-    import torch
+def _time(seconds: float) -> str:
+    for limit, unit in ((3600, "h"), (60, "min")):
+        if seconds >= limit:
+            return f"{seconds / limit:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
+
+def uses_gpu(config: Config) -> bool:
+    """Whether this configuration runs on a GPU here."""
     return config.model.device != "cpu" and torch.cuda.is_available()
+
+
+def _kind(config: Config) -> str:
+    return "cuda" if uses_gpu(config) else "cpu"
+
+
+def _memory(config: Config) -> int:
+    """Bytes of memory of the GPU, or else of the machine."""
+    if uses_gpu(config):
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def weight_width(config: Config) -> int:
     """Bytes per weight of the models on the device that this configuration runs on: 2 or 4."""
-    return pipeline.weight_type(config, "cuda" if _uses_gpu(config) else "cpu").itemsize
+    return pipeline.weight_type(config, _kind(config)).itemsize
 
 
-def _trained_bytes(config: Config, width: int, step_tokens: float, micro_tokens: int) -> tuple[int, int]:
-    """Bytes per trained weight: (gradient and AdamW's state, the state alone).
-
-    fp32 weights: fp32 gradient, two fp32 moments. bf16 weights: the 16-bit remainder of the exact fp32 weight, moments
-    as `model.moments` says, and a gradient that is bf16 unless several micro-batches are summed, in fp32 (that of the
-    language-model head always is: `_plans` adds it).
-    """
-    if width == 4:
-        return 4 + 8, 8
-    state = 2 + (8 if config.model.moments == "float32" else 4)
-    return (2 if step_tokens <= micro_tokens else 4) + state, state
-
-
-def _shape(config: Config) -> Shape:
-    """Shape of model.base, from its config.json alone."""
-    from cai_fast.model import Model
-
-    if config.model.base == pipeline.TOY:
+@cache
+def shape(name: str) -> Shape:
+    """Of a checkpoint folder, from its config.json alone, or of the toy model."""
+    if name == pipeline.TOY:
         from cai_fast.toy.pretrain import model_config
 
         model = model_config()
     else:
-        model = ModelConfig.from_hf(read_config(Path(config.model.base)))
-    import torch
-
+        model = ModelConfig.from_hf(read_config(Path(name)))
     with torch.device("meta"):
         return Shape(model, sum(p.numel() for p in Model(model, "lm").parameters()))
 
 
-def _counts(config: Config) -> dict[str, int]:
-    """Prompts and comparisons, from the sources."""
+def prompt_counts(config: Config) -> dict[str, int]:
+    """Prompts by kind and split, and helpfulness comparisons, from the sources."""
     data, counts = config.data, {}
     for kind, limit in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
         prompts = pipeline.prompt_source(config, kind)[0]
         train = sum(p.split == "train" for p in prompts)
         counts[kind] = min(limit or train, train)
         counts[kind + "_eval"] = len(prompts) - train
-    counts["preferences"] = 500
+    counts["preferences"] = config.base.comparisons if data.preferences else 0
     if data.preferences not in ("", pipeline.TOY):
         rows, _ = readers.read_comparisons(data.preferences, max_bad_fraction=data.max_bad_fraction)
         counts["preferences"] = len(rows)
     return counts
-
-
-def _limit(setting: int, available: int) -> int:
-    return min(setting or available, available)
-
-
-def _plans(config: Config, shape: Shape, width: int) -> list[StagePlan]:
-    """One plan per requested stage; `width` is bytes per weight while computing."""
-    n, prompt = _counts(config), config.data.max_prompt_tokens
-    revise, compare, label, rl, evaluate = config.revise, config.compare, config.label, config.rl, config.evaluate
-    weights, text = shape.params * width, 6.0  # bytes of JSON per token
-    red = _limit(revise.num_red_team, n["red_team"])
-    helpful = _limit(revise.num_helpful, n["helpful"]) * revise.helpful_samples
-    steps = 2 if revise.critique else 1
-    answered = prompt + revise.max_new_tokens
-    chain = (1 + revise.rounds * steps) * answered
-    pairs = _limit(compare.num_prompts, n["red_team"]) * compare.pairs_per_prompt
-    asked = label.principles * (2 if label.orders == "both" else 1) * (label.cot_samples if label.cot else 1)
-    question = prompt + 2 * compare.max_new_tokens + (label.cot_max_new_tokens if label.cot else 0)
-    rollouts = rl.steps * rl.prompts_per_step * rl.samples_per_prompt
-    answer = prompt + rl.max_new_tokens
-    held_out = _limit(evaluate.num_red_team, n["red_team_eval"]) + _limit(evaluate.num_helpful, n["helpful_eval"])
-    tokens = {
-        "base": config.base.steps * config.base.tokens_per_step,
-        "revise": red * chain + helpful * answered,
-        "sft": (red * revise.rounds + helpful) * answered * config.sft.epochs,
-        "compare": 2 * pairs * (prompt + compare.max_new_tokens),
-        "label": pairs * asked * question,
-        "pm": 2 * (pairs + n["preferences"]) * (prompt + compare.max_new_tokens) * config.pm.epochs,
-        "rl": rollouts * answer,
-        "evaluate": (3 + chain // answered) * held_out * (prompt + evaluate.max_new_tokens),
-        "report": 0,
-    }
-    micro = {"base": config.base.tokens_per_step, "sft": config.sft.micro_tokens, "pm": config.pm.micro_tokens,
-             "rl": rl.micro_tokens}  # fmt: skip
-    step = {"base": micro["base"], "sft": config.sft.batch_tokens, "rl": rollouts * answer / rl.steps / rl.minibatches,
-            "pm": 2 * config.pm.batch_pairs * (prompt + compare.max_new_tokens)}  # fmt: skip
-    models = {"rl": 4, "compare": 2 if compare.base_fraction else 1, "report": 0}
-    trained = {"base": 1, "sft": 1, "pm": 1, "rl": 1 if rl.critic == "detached" else 2}
-    passes = {"rl": 2 + 2 + 6 * rl.epochs + 2, "base": 6, "sft": 6, "pm": 6}
-    plans = []
-    for stage in config.stages:
-        copies = trained.get(stage, 0)
-        held, kept = _trained_bytes(config, width, step.get(stage, 0), micro.get(stage, 0))
-        waiting = min(revise.chunk, red) * revise.critique * (stage == "revise")  # critiques whose keys are kept
-        slots = 0 if stage in ("base", "sft", "pm", "report") else config.engine.max_batch
-        head = min(HEAD_ROWS, micro.get(stage, HEAD_ROWS)) * shape.config.vocab_size * 4 if stage != "report" else 0
-        main_grad = (
-            4 * shape.config.vocab_size * shape.config.hidden_size if width == 2 and stage in ("sft", "rl") else 0
-        )
-        active = 34 / 2 * width * micro.get(stage, 0) * shape.config.num_layers * shape.config.hidden_size
-        plans.append(StagePlan(
-            name=stage,
-            weights=models.get(stage, 1) * weights,
-            training=copies * shape.params * held + main_grad,
-            cache=(slots * max(question, answer, chain // max(1, revise.rounds))
-                   + waiting * (answered + revise.critique_max_new_tokens)) * shape.cache_per_token * width,
-            activations=active + head,
-            disk=tokens[stage] * text / 2 * (stage not in ("base", "sft", "pm"))
-            + copies * shape.params * (2 * width + kept),  # the exported model, and the state with its weights
-            tokens=tokens[stage],
-            flops=passes.get(stage, 2) * shape.params * tokens[stage],
-        ))  # fmt: skip
-    return plans

@@ -1,6 +1,6 @@
 """`--check`, and the first thing every run does: validate every input before any work starts."""
 
-from cai_fast import pipeline, plan, readers
+from cai_fast import capacity, pipeline, plan, readers, workload
 from cai_fast.config import Config
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
@@ -33,6 +33,7 @@ def check(config: Config) -> list[str]:
     if "evaluate" in config.stages and config.evaluate.hhh:
         lines.append(f"hhh           {len(readers.read_hhh(config.evaluate.hhh))} questions")
     lines += check_models(config)
+    _check_pages(config)
     if set(config.stages) - {"report"}:
         lines.append(plan.check_memory(config))
     return lines
@@ -48,6 +49,27 @@ def _check_moments(config: Config) -> None:
             f"model.moments = {config.model.moments} is for bfloat16 weights, but they are float32 here (model.dtype = "
             f"{config.model.dtype}; auto is float32 on a CPU). Leave model.moments out, or set model.dtype = bfloat16."
         )
+
+
+def _check_pages(config: Config) -> None:
+    """Every stage's longest request against the pages that were asked for, which the engine refuses only when made."""
+    engine, gpu = config.engine, plan.uses_gpu(config)
+    if engine.page_size <= 0 and not engine.num_pages:
+        return
+    works = workload.works(config, plan.prompt_counts(config), workload.renderers(config), cpu=not gpu)
+    for work in (work for works_of_stage in works.values() for work in works_of_stage):
+        model, where = plan.shape(config.role(work.role)).config, f"stage {work.name}, {work.room} tokens"
+        size = capacity.page_size(engine, model, work.room, gpu)
+        if size and model.max_window is not None and model.max_window < work.room:
+            raise InputError(
+                f"engine.page_size = {size}: model.{work.role} has a sliding window of {model.max_window} tokens, less "
+                f"than the longest sequence ({where}); attention to pages has no window. Set engine.page_size to 0."
+            )
+        if size and 0 < engine.num_pages < (needed := -(-work.room // size)):
+            raise InputError(
+                f"engine.num_pages = {engine.num_pages} must be at least {needed}: pages of {size} tokens for the "
+                f"longest sequence ({where}). Raise it or lower engine.max_len."
+            )
 
 
 def _check_constitution(config: Config) -> str:

@@ -25,7 +25,7 @@ GROUPS = [
     {"engine"},
     {"batching", "losses", "optim", "fit", "ppo", "elo", "prefixes"},
     {"toy", "report"},
-    {"pipeline", "plan", "preflight", "chains", "judging", "measure", "hhh", "elo"},
+    {"pipeline", "workload", "capacity", "plan", "preflight", "chains", "judging", "measure", "hhh", "elo"},
     {"stages"},
     {"train"},
 ]

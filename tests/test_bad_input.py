@@ -279,8 +279,7 @@ def test_plan_counts_what_training_holds() -> None:
 
     def training(*words: str) -> list[float]:
         cfg = config.load(["--model.device", "cpu", "--stages", "sft,pm,rl", *words])
-        shape = plan._shape(cfg)
-        return [p.training / shape.params for p in plan._plans(cfg, shape, plan.weight_width(cfg))]
+        return [plan.held(cfg, stage)[1] / plan.shape("toy").params for stage in cfg.stages]
 
     one = ["--sft.batch_tokens", "16384", "--sft.micro_tokens", "16384", "--rl.critic", "detached"]
     one += ["--pm.batch_pairs", "1", "--rl.micro_tokens", "9999999"]
@@ -288,7 +287,7 @@ def test_plan_counts_what_training_holds() -> None:
     several += ["--pm.micro_tokens", "16", "--rl.micro_tokens", "16"]
     half = ["--model.dtype", "bfloat16"]
     assert training(*one) == training(*several) == [4 + 8] * 3
-    shape = plan._shape(config.load([]))
+    shape = plan.shape("toy")
     head = 4 * shape.config.vocab_size * shape.config.hidden_size / shape.params
 
     def with_head(per_weight: int) -> list[float]:

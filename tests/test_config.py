@@ -99,6 +99,9 @@ def test_base_is_left_out_for_a_checkpoint() -> None:
         ("--sft.epochs true", "sft.epochs must be a whole number >= 1. Got true"),
         ("--label.cot yes", "label.cot must be true or false. Got 'yes'"),
         ("--rl.critic detatched", "rl.critic must be one of .*'detatched'.*'detached'"),
+        ("--engine.page_size -2", "engine.page_size must be a whole number >= -1. Got -2"),
+        ("--engine.num_pages -1", "engine.num_pages must be a whole number >= 0. Got -1"),
+        ("--engine.page_size 0 --engine.num_pages 9", "engine.num_pages = 9 is for pages.*engine.page_size = 0"),
         ("--rl.top_k 5", "rl.top_k"),
         ("--rl.top_p 0.9", "rl.top_p"),
         ("--sft.revisions 9", "sft.revisions"),
@@ -160,7 +163,13 @@ def test_stage_settings_hold_what_matters_and_no_more() -> None:
 
     for stage, change in itertools.product(
         config.STAGES,
-        (["--engine.max_batch", "8"], ["--run-dir", "x"], ["--revise.chunk", "3"], ["--sft.save_every", "3"]),
+        (
+            ["--engine.max_batch", "8"],
+            ["--engine.page_size", "16", "--engine.num_pages", "99"],
+            ["--run-dir", "x"],
+            ["--revise.chunk", "3"],
+            ["--sft.save_every", "3"],
+        ),
     ):
         assert settings(stage, *change) == settings(stage)
     assert settings("label", "--label.cot", "true") != settings("label")

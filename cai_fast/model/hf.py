@@ -109,6 +109,11 @@ def save(
     model was loaded from come along, and for a language model its generation_config.json.
     """
     path = Path(path)
+    if any(name.endswith(".lora_A.weight") for name, _ in model.named_parameters()):
+        raise InputError(
+            f"{path}: the model has LoRA adapters, which a Hugging Face folder cannot hold. Save lora.merge(model), or "
+            "the adapters alone with lora.save_adapters."
+        )
     state = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
     config = model.config.to_hf(model.head) | {"dtype": str(dtype or model.dtype).removeprefix("torch.")}
     partial = path.with_name(path.name + ".partial")
@@ -143,7 +148,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder."""
     if not folder.is_dir():
         raise InputError(f"checkpoint {folder}: no such folder")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'}: expected a JSON object, found {type(config).__name__}")
     return config
@@ -166,7 +171,7 @@ def declared_head(raw: dict[str, Any], folder: Path) -> str:
 def pieces(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, slice) of every tensor of a folder, one at a time; `slice[:]` reads it."""
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)
+        index = read_json(folder / INDEX)
         table = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(table, dict) or not table:
             raise InputError(f"{folder / INDEX}: no weight_map")
@@ -230,7 +235,8 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a checkpoint folder."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,0 +1,219 @@
+"""LoRA adapters inside the decoder (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / rank) B A x, W frozen.
+
+They are layers of the model, so that training, scoring, and the engine's decoding compute with them unmerged. Only
+`merge` gives a model that `Model.save` accepts. Files are peft's: adapter_config.json and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cai_fast import rng
+from cai_fast.errors import InputError
+from cai_fast.files import write_atomic
+from cai_fast.model.decoder import Linear, Model
+from cai_fast.model.hf import check_names, read_json
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}
+# Fields of adapter_config.json that do not change what a loaded adapter computes, and values that change nothing.
+_PASSIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
+_PASSIVE |= {"auto_mapping", "lora_dropout", "r", "lora_alpha", "target_modules", "megatron_core", "qalora_group_size"}
+_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}  # others change the base weights
+
+
+class LoraLinear(Linear):
+    """`base`, whose weight it takes over under its own name, and a low-rank term in the weight's type.
+
+    The two small products are `Linear`s, so on the CPU a row's bits do not depend on the number of rows.
+    """
+
+    def __init__(self, base: Linear, rank: int, alpha: float) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        kind = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = Linear(base.in_features, rank, bias=False, **kind)
+        self.lora_B = Linear(rank, base.out_features, bias=False, **kind)
+        self.rank, self.alpha, self.enabled = rank, alpha, True
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank term is multiplied by."""
+        return self.alpha / self.rank
+
+    @torch.no_grad()
+    def reset(self, key: int) -> None:
+        """Start as nothing: B zero, A uniform as peft draws it (Kaiming with a = sqrt 5), by `key` alone."""
+        bound = self.in_features**-0.5
+        drawn = torch.rand(self.lora_A.weight.shape, generator=torch.Generator().manual_seed(key))
+        self.lora_A.weight.copy_((2 * drawn - 1) * bound)
+        self.lora_B.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        out = super().forward(x)
+        # Not torch.add(out, low, alpha=scale): in bf16 a CPU rounds its vectors and their remainder differently.
+        return out + self.lora_B(self.lora_A(x) * self.scale) if self.enabled else out
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W + scale B A: multiplied and added in fp32, rounded once."""
+        product = self.lora_B.weight.float() @ self.lora_A.weight.float()
+        return torch.add(self.weight.float(), product, alpha=self.scale).to(self.weight.dtype)
+
+
+def adapters(model: Model) -> dict[str, LoraLinear]:
+    """Every adapted layer by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def add_adapters(model: Model, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
+    """Put an adapter on every layer that `targets` names; returns the layers' names.
+
+    From then on only the adapters require gradients. Each is drawn by (seed, its name). Engines are made afterwards.
+    """
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        found = f"unknown {', '.join(unknown)}" if unknown else "found none"
+        raise InputError(f"LoRA: targets must be some of {', '.join(TARGETS)}; {found}.")
+    if rank < 1 or adapters(model):
+        raise InputError(
+            f"LoRA: rank must be >= 1. Got {rank}." if rank < 1 else "LoRA: the model has adapters; merge() them first."
+        )
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = LoraLinear(model.get_submodule(name), rank, alpha)
+        layer.reset(rng.key(seed, "lora", name))
+        setattr(model.get_submodule(parent), leaf, layer)
+    return names
+
+
+@contextmanager
+def adapters_off(model: Model) -> Iterator[None]:
+    """The model without its adapters, as the reference of its own training.
+
+    For forward passes of `model` only: an engine's prefix handles, cached keys and graphs are those of the adapters.
+    """
+    before = [(layer, layer.enabled) for layer in adapters(model).values()]
+    try:
+        for layer, _ in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.enabled = enabled
+
+
+def merge(model: Model) -> Model:
+    """A copy without adapters that computes the same, up to one rounding of each adapted weight."""
+    layers = adapters(model)
+    state = {
+        name: tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if not name.removesuffix(".weight").endswith((".lora_A", ".lora_B"))
+    }
+    state |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+    with torch.device("meta"):
+        out = Model(model.config, model.head)
+    out.load_state_dict(state, strict=True, assign=True)
+    out.requires_grad_(True)
+    out.source = model.source
+    return out
+
+
+def _tensors(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """The adapters' weights by peft's names."""
+    return {
+        f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def save_adapters(model: Model, folder: str | Path) -> None:
+    """Write the adapters alone, as peft does."""
+    layers, folder = adapters(model), Path(folder)
+    if not layers:
+        raise InputError("LoRA: the model has no adapters to save; see add_adapters.")
+    first = next(iter(layers.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": _TASKS[model.head],
+        "base_model_name_or_path": None if model.source is None else str(model.source),
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(layers).items()}
+    write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def load_adapters(model: Model, folder: str | Path) -> list[str]:
+    """Put the adapters of a peft folder on a model without any; returns the layers' names.
+
+    A missing or unexpected tensor, another shape, or an option that LoraLinear does not have is an InputError, and
+    leaves the model as it was.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    found = _read_tensors(folder / WEIGHTS)
+    with torch.device("meta"):
+        plan = Model(model.config, model.head)
+    add_adapters(plan, config["r"], config["lora_alpha"], config["target_modules"], 0)
+    wanted = {name: tensor.shape for name, tensor in _tensors(adapters(plan)).items()}
+    check_names(folder, model.head, sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted)))
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise InputError(
+                f"{folder / WEIGHTS}: tensor {name} is {tuple(found[name].shape)}; expected {tuple(shape)} "
+                "(do the adapters belong to this model?)"
+            )
+    names = add_adapters(model, config["r"], config["lora_alpha"], config["target_modules"], 0)
+    for name, tensor in _tensors(adapters(model)).items():
+        tensor.copy_(found[name])
+    return names
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, whose options are all within what LoraLinear does."""
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: expected an adapter with peft_type LORA")
+    for name, value in config.items():
+        if name not in _PASSIVE and value and value not in _NEUTRAL.get(name, ()):
+            raise InputError(f"{path}: {name} = {value!r} is not supported")
+    rank, alpha, targets = (config.get(name) for name in ("r", "lora_alpha", "target_modules"))
+    numbers = type(rank) is int and isinstance(alpha, int | float)
+    if not numbers or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{path}: expected numbers r and lora_alpha and a list target_modules")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected the adapters' weights")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); is the download complete?") from error
