@@ -23,7 +23,7 @@ GROUPS = [
     {"rng", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "fit", "ppo", "elo", "prefixes"},
+    {"batching", "losses", "optim", "fit", "ppo", "elo", "prefixes", "scorer"},
     {"toy", "report"},
     {"pipeline", "plan", "preflight", "chains", "judging", "measure", "hhh", "elo"},
     {"stages"},
