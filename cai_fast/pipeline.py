@@ -24,6 +24,7 @@ from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
 from cai_fast.rundir import RunDir, hash_file, hash_model
 from cai_fast.runlog import RunLog
+from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
 
 TOY = "toy"
@@ -49,7 +50,7 @@ class Context:
     log: RunLog
     dist: Distributed
     constitution: Constitution
-    engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)
+    engines: weakref.WeakSet[Engine | Scorer] = field(default_factory=weakref.WeakSet)
     _hashes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -104,6 +105,18 @@ class Context:
             self._hashes[key] = self.renderer(role).hash
         return self._hashes[key]
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether engines and scorers give the same bits whatever the batch."""
+        chosen = self.config.engine.deterministic
+        return self.device.type == "cpu" if chosen == "auto" else bool(chosen)
+
+    def scorer(self, model: Model, max_tokens: int = MICRO_TOKENS) -> Scorer:
+        """A preference model that scores, at most `max_tokens` tokens a pass, with its work counted."""
+        scorer = Scorer(model, max_tokens=max_tokens, deterministic=self.deterministic)
+        self.engines.add(scorer)
+        return scorer
+
     def engine(self, model: Model, renderer: Renderer, max_len: int) -> Engine:
         """A generation engine for sequences of up to `max_len` tokens (prompt and response)."""
         settings = self.config.engine
@@ -115,14 +128,11 @@ class Context:
                 f"examples, answers), the model has {limit} positions. Lower data.max_prompt_tokens or the stage's "
                 "max_new_tokens, switch few_shot off, or set engine.max_len."
             )
-        deterministic = settings.deterministic
-        if deterministic == "auto":
-            deterministic = self.device.type == "cpu"
         engine = Engine(
             model,
             max_batch=settings.max_batch,
             max_len=needed,
-            deterministic=deterministic,
+            deterministic=self.deterministic,
             prefill_tokens=settings.prefill_tokens,
             tokenizer=renderer.tokenizer,
         )
@@ -135,7 +145,7 @@ class Context:
             self.log.metrics(stage, step, values)
 
     def work(self, seconds: float) -> dict[str, float]:
-        """Collective: work counters of the engines used since the last call, over all ranks."""
+        """Collective: work counters of the engines and scorers used since the last call, over all ranks."""
         counts = dict.fromkeys(COUNTERS, 0.0)
         for engine in self.engines:
             for name in COUNTERS:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cai_fast import chains, checkpoint, losses, pipeline, records, rng
-from cai_fast.batching import Example, bins, pack
+from cai_fast.batching import Example
 from cai_fast.distributed import Stopped
 from cai_fast.engine import Completion
 from cai_fast.errors import InputError
@@ -106,7 +106,8 @@ class Sampler:
     def __init__(self, ctx: Context, policy: Model, renderer: Renderer) -> None:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, renderer
         self.stream = PromptStream(ctx)
-        self.pm, self.pm_renderer = ctx.model("pm", head="score").requires_grad_(False), ctx.renderer("pm")
+        pm = ctx.model("pm", head="score").requires_grad_(False)
+        self.scorer, self.pm_renderer = ctx.scorer(pm, self.cfg.micro_tokens), ctx.renderer("pm")
         self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
         if self.cfg.critic == "pm" and not self.same_tokens:
             raise InputError("rl.critic = pm needs a preference model with the policy's tokenizer; use own or detached")
@@ -137,7 +138,6 @@ class Sampler:
         ]
         return Answers(mine, total, done, finished, self.score(mine, finished))
 
-    @torch.no_grad()
     def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
         """[S] raw preference scores, read at the end-of-context token."""
         sequences = [
@@ -146,10 +146,7 @@ class Sampler:
             )
             for item, f in zip(items, finished, strict=True)
         ]
-        scores = torch.zeros(len(sequences))
-        for group in bins([len(s) for s in sequences], self.cfg.micro_tokens):
-            scores[group] = losses.scores(self.pm, pack([sequences[i] for i in group], self.pm.device)).cpu()
-        return scores
+        return self.scorer.scores(sequences, [(item.prompt.id, item.visit) for item in items])
 
     def standardisation(self) -> tuple[float, float]:
         """(mean, deviation) of the scores of a first sample of SL-CAI's answers."""
