@@ -25,7 +25,7 @@ GROUPS = [
     {"engine"},
     {"batching", "losses", "optim", "fit", "ppo", "elo", "prefixes", "scorer"},
     {"toy", "report"},
-    {"pipeline", "plan", "preflight", "chains", "judging", "measure", "hhh", "elo"},
+    {"pipeline", "plan", "preflight", "chains", "judging", "measure", "hhh", "sampler", "elo"},
     {"stages"},
     {"train"},
 ]
