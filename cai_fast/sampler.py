@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -80,6 +81,20 @@ class PromptStream:
         return self.orders[kind, epoch]
 
 
+def pieces(total: int, world: int, batch: int, together: int) -> list[slice]:
+    """`total` answers, `together` to a prompt, cut into the pieces that ranks pull."""
+    # Where a piece ends, the rows of an engine run empty. So the first pieces are half of a rank's share of what is
+    # left; later ones, which even out the ranks, are smaller, but no less than the engine's batch (half a batch takes
+    # about as long) nor than an even share, if that is less. A prompt's samples stay together: it is prefilled once.
+    smallest = min(batch, -(-total // world))
+    together = together if together <= smallest else 1
+    bounds = [0]
+    while bounds[-1] < total:
+        size = max(smallest, -(-(total - bounds[-1]) // (2 * world)))
+        bounds.append(min(total, bounds[-1] + -(-size // together) * together))
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
 class Sampler:
     """Answers of the current policy, scored by the preference model."""
 
@@ -102,14 +117,13 @@ class Sampler:
         prompts, samples = self.stream.take(step * count, count), range(self.cfg.samples_per_prompt)
         return [Item(n, p, v, s) for n, ((p, v), s) in enumerate(itertools.product(prompts, samples))]
 
-    def answer(self, items: list[Item], stage: str) -> Answers:
-        """This rank's share of the answers."""
+    def answer(self, items: list[Item], stage: str, step: int = 0) -> Answers:
+        """This rank's share of the answers, whoever sampled them. Collective."""
         dist, total = self.ctx.dist, len(items)
-        mine = items[total * dist.rank // dist.world : total * (dist.rank + 1) // dist.world]
-        prompts = [self.renderer.dialogue(item.prompt.turns) for item in mine]
-        keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in mine]
         self.engine.invalidate()  # the weights may have changed since the last call
-        done = self.engine.generate(prompts, self.spec, keys=keys)
+        done = self.generate(items, stage, f"{stage}/{step}")
+        share = slice(total * dist.rank // dist.world, total * (dist.rank + 1) // dist.world)
+        mine, done = items[share], done[share]
         finished = [self.renderer.finish(c.token_ids, "response") for c in done]
         # An answer that was cut off must not look finished to the preference model.
         finished = [
@@ -117,6 +131,29 @@ class Sampler:
             for f, c in zip(finished, done, strict=True)
         ]
         return Answers(mine, total, done, finished, self.score(mine, finished))
+
+    def generate(self, items: list[Item], stage: str, name: str) -> list[Completion]:
+        """A completion for every item, in their order, on every rank: ranks pull pieces of the list called `name`, and
+        exchange them, so that a rank with short answers samples more and none waits long. Collective."""
+        dist = self.ctx.dist
+        if dist.world == 1:
+            return self._sample(items, stage)
+        parts = pieces(len(items), dist.world, self.ctx.config.engine.max_batch, self.cfg.samples_per_prompt)
+
+        def work() -> list[tuple[int, list[Any]]]:
+            mine = []
+            while (number := dist.next_item(name)) < len(parts):
+                made = self._sample(items[parts[number]], stage)
+                mine.append((number, [(c.token_ids, c.logprobs, c.finish_reason) for c in made]))
+            return mine
+
+        made = dict(piece for by_rank in dist.gather_objects(work) for piece in by_rank)
+        return [Completion(*fields) for number in range(len(parts)) for fields in made[number]]
+
+    def _sample(self, items: list[Item], stage: str) -> list[Completion]:
+        prompts = [self.renderer.dialogue(item.prompt.turns) for item in items]
+        keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in items]
+        return self.engine.generate(prompts, self.spec, keys=keys)
 
     def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
         """[S] raw preference scores, read at the end-of-context token."""

@@ -78,7 +78,7 @@ class Loop:
         with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
-                answers = self.sampler.answer(self.sampler.items(step), "rl")
+                answers = self.sampler.answer(self.sampler.items(step), "rl", step)
                 first = answers.items[0].number if answers.items else 0
                 rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
                 rewards = self.rewards(answers)
