@@ -17,13 +17,13 @@ from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
-from cai_fast.engine import COUNTERS, Engine, Sampling
+from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
 from cai_fast.rundir import RunDir, hash_file, hash_model
-from cai_fast.runlog import RunLog
+from cai_fast.runlog import Progress, RunLog
 from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
 
@@ -51,7 +51,9 @@ class Context:
     dist: Distributed
     constitution: Constitution
     engines: weakref.WeakSet[Engine | Scorer] = field(default_factory=weakref.WeakSet)
+    bar: Progress | None = None  # the one that was opened last
     _hashes: dict[str, str] = field(default_factory=dict)
+    _counted: int = 0  # tokens that `work` has taken from the counters
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +141,22 @@ class Context:
         self.engines.add(engine)
         return engine
 
+    def tokens(self) -> int:
+        """Tokens that have passed through this rank's engines and scorers, prompts included, up to this moment."""
+        return self._counted + sum(engine.counters["trunk_tokens"] for engine in self.engines)
+
+    def progress(
+        self, total: int, desc: str, unit: str, *, initial: int = 0, done: Callable[[], int] | None = None
+    ) -> Progress:
+        """A progress bar that shows the engines' tokens too; see `tick`."""
+        self.bar = self.log.progress(total, desc, unit, initial=initial, done=done, tokens=self.tokens)
+        return self.bar
+
+    def tick(self, index: int, completion: Completion) -> None:
+        """`progress` of `Engine.generate`: keeps the bar moving while a chunk of long texts is at work."""
+        if self.bar is not None:
+            self.bar.tick()
+
     def log_work(self, stage: str, step: int, seconds: float) -> None:
         """Collective: log `work`, if there was any."""
         if values := self.work(seconds):
@@ -151,6 +169,7 @@ class Context:
             for name in COUNTERS:
                 counts[name] += engine.counters[name]
                 engine.counters[name] = 0
+        self._counted += int(counts["trunk_tokens"])
         counts = self.dist.all_reduce_sum(counts | {"seconds": seconds})
         if not counts["trunk_tokens"]:
             return {}
@@ -266,18 +285,24 @@ def journaled(
     ctx.dist.barrier()  # nobody appends before everybody has read
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
-    with ctx.run.journal(stage, ctx.dist.rank) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
-        while (number := ctx.dist.next_item(stage)) < len(chunks):
-            expected = set(chunks[number])
-            for row in process(chunks[number]):
-                expected.remove(row["id"])
-                journal.append(row)
-                bar.update(1)
-            if expected:
-                raise RuntimeError(f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}")
-            if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
-                break
-    if ctx.dist.stop_agreed():
+    rows_done = f"{stage}/rows"
+    with ctx.progress(len(pending), stage, "row", done=lambda: ctx.dist.add(rows_done, 0)) as bar:
+        with ctx.run.journal(stage, ctx.dist.rank) as journal:
+            while (number := ctx.dist.next_item(stage)) < len(chunks):
+                expected = set(chunks[number])
+                for row in process(chunks[number]):
+                    expected.remove(row["id"])
+                    journal.append(row)
+                    ctx.dist.add(rows_done, 1)
+                    bar.update(1)
+                if expected:
+                    raise RuntimeError(
+                        f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}"
+                    )
+                if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
+                    break
+        stop = ctx.dist.stop_agreed()  # before the bar is closed: it counts the other ranks' last rows too
+    if stop:
         raise Stopped
     ctx.dist.barrier()
     ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)

@@ -153,7 +153,7 @@ class Sampler:
     def _sample(self, items: list[Item], stage: str) -> list[Completion]:
         prompts = [self.renderer.dialogue(item.prompt.turns) for item in items]
         keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in items]
-        return self.engine.generate(prompts, self.spec, keys=keys)
+        return self.engine.generate(prompts, self.spec, keys=keys, progress=self.ctx.tick)
 
     def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
         """[S] raw preference scores, read at the end-of-context token."""

@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from support import byte_tokenizer
 from tiny import CONFIG
 from torch import Tensor
 
-from cai_fast import config, distributed, model, pipeline, records
+from cai_fast import config, distributed, model, pipeline, records, runlog
 from cai_fast.engine import Completion
 from cai_fast.records import Prompt, Turn
 from cai_fast.rundir import RunDir
@@ -42,9 +43,14 @@ def write_inputs(folder: Path) -> None:
     records.write_jsonl(folder / "prompts.jsonl", rows)
 
 
+def settings(folder: Path) -> config.Config:
+    """The configuration of a run in `folder`."""
+    return config.load(["--run-dir", str(folder), *(w for k, v in SETTINGS.items() for w in (f"--{k}", str(v)))])
+
+
 def work(inputs: Path, folder: Path, dist: distributed.Distributed, pause: float) -> None:
     """Stage rl in `folder`, with `pause` seconds before rank 1 samples a piece; writes what this rank worked on."""
-    cfg = config.load(["--run-dir", str(folder), *(w for k, v in SETTINGS.items() for w in (f"--{k}", str(v)))])
+    cfg = settings(folder)
     run = RunDir.open(folder, cfg, dist=dist)
     if dist.is_main:
         for name in ("checkpoints/sl_cai", "checkpoints/pm", "prompts.jsonl"):
@@ -73,6 +79,21 @@ def work(inputs: Path, folder: Path, dist: distributed.Distributed, pause: float
     run.close()
 
 
+def rows(folder: Path, dist: distributed.Distributed) -> None:
+    """Twelve rows of a journaled stage, slower on rank 0; every change is shown."""
+    run = RunDir.open(folder, settings(folder), dist=dist)
+    runlog.PLAIN_INTERVAL = 0.0
+    ctx = pipeline.open_context(settings(folder), run, RunLog(folder / "metrics.jsonl", dist.is_main), dist)
+
+    def process(ids: list[str]) -> Iterator[dict[str, str]]:
+        time.sleep(0.1 if dist.rank else 0.4)
+        yield from ({"id": i} for i in ids)
+
+    run.begin("compare", {})
+    pipeline.journaled(ctx, "compare", [str(i) for i in range(12)], 1, process)
+    run.close()
+
+
 def start(function: str, *arguments: object, world: int = 2) -> list[str]:
     """Run `function(*arguments, dist)` of this file on `world` gloo ranks; what each wrote to stderr."""
     with socket.socket() as probe:
@@ -92,4 +113,6 @@ if __name__ == "__main__":
     ranks = distributed.init("cpu")
     if sys.argv[1] == "work":
         work(Path(sys.argv[2]), Path(sys.argv[3]), ranks, float(sys.argv[4]))
+    else:
+        rows(Path(sys.argv[2]), ranks)
     distributed.shutdown()

@@ -75,7 +75,7 @@ class Loop:
         ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
         ctx.work(1.0)  # forget the answers for the standardisation: they are no iteration's
         path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
-        with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
+        with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
                 answers = self.sampler.answer(self.sampler.items(step), "rl", step)
