@@ -57,7 +57,7 @@ class Reviser:
         )
         self.room = ctx.config.engine.max_len or longest
         self.engine = ctx.engine(ctx.model("assistant"), self.renderer, longest)
-        self.prefixes = Prefixes(self.engine)
+        self.prefixes = Prefixes(self.engine, ctx.tick)
         self.specs = {
             kind: pipeline.sampling(self.renderer, kind, cfg.temperature, length)
             for kind, length in (
@@ -71,7 +71,7 @@ class Reviser:
         """A plain answer to each prompt, with the reason to reject it if there is one."""
         keys = [self.ctx.key(stage, p.id, n) for p, n in zip(prompts, draws, strict=True)]
         ids = [self.renderer.dialogue(p.turns) for p in prompts]
-        done = self.engine.generate(ids, self.specs["response"], keys=keys)
+        done = self.engine.generate(ids, self.specs["response"], keys=keys, progress=self.ctx.tick)
         return [self._finish(c, "response") for c in done]
 
     def _finish(self, completion: Completion, kind: str) -> tuple[Finished, str | None]:

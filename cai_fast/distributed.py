@@ -100,11 +100,33 @@ class Distributed:
             raise InputError(outcome["error"])
         return outcome["result"]
 
+    def gather_objects(self, work: Callable[[], Any]) -> list[Any]:
+        """Collective: run `work` on every rank and give all JSON results, by rank, to every rank; or an InputError of
+        one of them, so that no rank waits for one that has given up."""
+        try:
+            outcome = {"result": work()}
+        except InputError as error:
+            outcome = {"error": str(error)}
+        data = json.dumps(outcome).encode()
+        sizes = self.all_reduce_sum([len(data) if rank == self.rank else 0 for rank in range(self.world)])
+        buffers = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+        buffers[self.rank][: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if self.world > 1:
+            torch_dist.all_gather(buffers, buffers[self.rank].clone())
+        found = [json.loads(b[: int(n)].numpy().tobytes()) for b, n in zip(buffers, sizes, strict=True)]
+        if errors := [outcome["error"] for outcome in found if "error" in outcome]:
+            raise InputError(errors[0])
+        return [outcome["result"] for outcome in found]
+
     def next_item(self, name: str) -> int:
         """0, 1, 2, ... over all ranks together; not collective. Use a new `name` for every list of work items."""
+        return self.add(name, 1) - 1
+
+    def add(self, name: str, count: int) -> int:
+        """The new value of a counter that all ranks share, `count` more than it was; not collective."""
         if self.store is not None:
-            return self.store.add(f"cai_fast/{name}", 1) - 1
-        self.counters[name] = self.counters.get(name, -1) + 1
+            return self.store.add(f"cai_fast/{name}", count)
+        self.counters[name] = self.counters.get(name, 0) + count
         return self.counters[name]
 
     def all_reduce_grads(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_fast import elo, measure
-from cai_fast.model import Model
 from cai_fast.pipeline import Context
 from cai_fast.readers import Question
+from cai_fast.scorer import Scorer
 from cai_fast.tokenizer import Renderer
 
 
-def evaluate(ctx: Context, questions: Sequence[Question], pm: Model, renderer: Renderer) -> dict[str, Any]:
+def evaluate(ctx: Context, questions: Sequence[Question], pm: Scorer, renderer: Renderer) -> dict[str, Any]:
     """Accuracy of the judge (mc) and of the preference model (pm, where rows carry both responses)."""
     result: dict[str, Any] = {"mc": _multiple_choice(ctx, questions)}
     paired = [q for q in questions if q.turns is not None]
@@ -72,9 +72,9 @@ def _multiple_choice(ctx: Context, questions: Sequence[Question]) -> dict[str, A
     }
 
 
-def _preference(ctx: Context, questions: Sequence[Question], pm: Model, renderer: Renderer) -> dict[str, Any]:
+def _preference(ctx: Context, questions: Sequence[Question], pm: Scorer, renderer: Renderer) -> dict[str, Any]:
     """PM mode: score(correct response) > score(incorrect response) after the same conversation."""
-    limit = pm.config.max_position_embeddings
+    limit = pm.model.config.max_position_embeddings
     sequences, used = [], []
     for q in questions:
         pair = [
@@ -84,7 +84,7 @@ def _preference(ctx: Context, questions: Sequence[Question], pm: Model, renderer
         if max(map(len, pair)) <= limit:
             sequences += pair
             used.append(q)
-    scores = measure.preference_scores(pm, sequences)
+    scores = pm.scores(sequences, [_cluster(q) for q in used for _ in range(2)]).tolist()
     right = [float(a > b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
     return {"accuracy": _interval(ctx, right, used), "too_long": len(questions) - len(used)}
 

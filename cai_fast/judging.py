@@ -62,7 +62,7 @@ class Judge:
             self.cfg.cot_max_new_tokens if self.cfg.cot else 0,
         )
         self.engine = ctx.engine(self.model, self.renderer, self.room)
-        self.prefixes = Prefixes(self.engine)
+        self.prefixes = Prefixes(self.engine, ctx.tick)
         self.options = self.renderer.options("cot" if self.cfg.cot else "comparison")
         self.spec = pipeline.sampling(self.renderer, "cot", self.cfg.cot_temperature, self.cfg.cot_max_new_tokens)
 
@@ -107,7 +107,7 @@ class Judge:
         del self.engine, self.prefixes  # frees the old cache before the new one is made
         self.engine = self.ctx.engine(self.model, self.renderer, self.room)
         self.engine.counters.update(work)
-        self.prefixes = Prefixes(self.engine)
+        self.prefixes = Prefixes(self.engine, self.ctx.tick)
 
     def _read_options(self, questions: Sequence[Question], rendered: Sequence[Rendered]) -> None:
         """Score the two options after each prompt and add probability of letter A and option mass."""

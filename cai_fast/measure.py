@@ -3,6 +3,7 @@
 Everything is keyed and journaled like the other stages' work, so an interrupted evaluation continues.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,13 @@ import numpy as np
 import torch
 
 from cai_fast import kernels, pipeline
-from cai_fast.batching import Example, bins, pack, pack_targets, segment_sum
+from cai_fast.batching import Example, bins, pack_targets, segment_sum
 from cai_fast.judging import Judge
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
 from cai_fast.records import Comparison, Prompt, content_id
+from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer
-
-MICRO_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
         renderer, engine = worker[0]
         spec = pipeline.sampling(renderer, "response", cfg.temperature, cfg.max_new_tokens)
         keys = [ctx.key(f"evaluate/{role}", i, cfg.seed_offset) for i in ids]
-        done = engine.generate([renderer.dialogue(by_id[i].turns) for i in ids], spec, keys=keys)
+        prompts = [renderer.dialogue(by_id[i].turns) for i in ids]
+        done = engine.generate(prompts, spec, keys=keys, progress=ctx.tick)
         for i, completion in zip(ids, done, strict=True):
             key = [ctx.config.seed, f"evaluate/{role}", i, cfg.seed_offset]
             finished = renderer.finish(completion.token_ids, "response")
@@ -65,23 +66,13 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-@torch.no_grad()
-def preference_scores(model: Model, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Score of a preference model at the last token of each sequence (its end-of-context token)."""
-    scores = [0.0] * len(sequences)
-    device = model.device
-    for group in bins([len(s) for s in sequences], MICRO_TOKENS):
-        packed = pack([sequences[i] for i in group], device)
-        hidden = model.hidden(packed.token_ids, packed.positions, packed.cu_seqlens)
-        last = model.score(hidden[packed.cu_seqlens[1:].long() - 1])
-        for i, value in zip(group, last.tolist(), strict=True):
-            scores[i] = value
+def score_answers(ctx: Context, scorer: Scorer, renderer: Renderer, rows: Sequence[Answer]) -> list[float]:
+    """Preference scores of answers; those to one prompt are a group. Collective: logs the work."""
+    began = time.monotonic()
+    sequences = [renderer.preference(a.prompt.turns, a.token_ids) for a in rows]
+    scores = scorer.scores(sequences, [a.prompt.id for a in rows]).tolist()
+    ctx.log_work("evaluate", len(rows), time.monotonic() - began)
     return scores
-
-
-def score_answers(ctx: Context, model: Model, renderer: Renderer, rows: Sequence[Answer]) -> list[float]:
-    """Preference scores of answers."""
-    return preference_scores(model, [renderer.preference(a.prompt.turns, a.token_ids) for a in rows])
 
 
 @torch.no_grad()

@@ -17,13 +17,14 @@ from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
-from cai_fast.engine import COUNTERS, Engine, Sampling
+from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
 from cai_fast.rundir import RunDir, hash_file, hash_model
-from cai_fast.runlog import RunLog
+from cai_fast.runlog import Progress, RunLog
+from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
 
 TOY = "toy"
@@ -49,8 +50,10 @@ class Context:
     log: RunLog
     dist: Distributed
     constitution: Constitution
-    engines: weakref.WeakSet[Engine] = field(default_factory=weakref.WeakSet)
+    engines: weakref.WeakSet[Engine | Scorer] = field(default_factory=weakref.WeakSet)
+    bar: Progress | None = None  # the one that was opened last
     _hashes: dict[str, str] = field(default_factory=dict)
+    _counted: int = 0  # tokens that `work` has taken from the counters
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +107,18 @@ class Context:
             self._hashes[key] = self.renderer(role).hash
         return self._hashes[key]
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether engines and scorers give the same bits whatever the batch."""
+        chosen = self.config.engine.deterministic
+        return self.device.type == "cpu" if chosen == "auto" else bool(chosen)
+
+    def scorer(self, model: Model, max_tokens: int = MICRO_TOKENS) -> Scorer:
+        """A preference model that scores, at most `max_tokens` tokens a pass, with its work counted."""
+        scorer = Scorer(model, max_tokens=max_tokens, deterministic=self.deterministic)
+        self.engines.add(scorer)
+        return scorer
+
     def engine(self, model: Model, renderer: Renderer, max_len: int) -> Engine:
         """A generation engine for sequences of up to `max_len` tokens (prompt and response)."""
         settings = self.config.engine
@@ -115,14 +130,11 @@ class Context:
                 f"examples, answers), the model has {limit} positions. Lower data.max_prompt_tokens or the stage's "
                 "max_new_tokens, switch few_shot off, or set engine.max_len."
             )
-        deterministic = settings.deterministic
-        if deterministic == "auto":
-            deterministic = self.device.type == "cpu"
         engine = Engine(
             model,
             max_batch=settings.max_batch,
             max_len=needed,
-            deterministic=deterministic,
+            deterministic=self.deterministic,
             prefill_tokens=settings.prefill_tokens,
             tokenizer=renderer.tokenizer,
             page_size=None if settings.page_size < 0 else settings.page_size,
@@ -131,18 +143,35 @@ class Context:
         self.engines.add(engine)
         return engine
 
+    def tokens(self) -> int:
+        """Tokens that have passed through this rank's engines and scorers, prompts included, up to this moment."""
+        return self._counted + sum(engine.counters["trunk_tokens"] for engine in self.engines)
+
+    def progress(
+        self, total: int, desc: str, unit: str, *, initial: int = 0, done: Callable[[], int] | None = None
+    ) -> Progress:
+        """A progress bar that shows the engines' tokens too; see `tick`."""
+        self.bar = self.log.progress(total, desc, unit, initial=initial, done=done, tokens=self.tokens)
+        return self.bar
+
+    def tick(self, index: int, completion: Completion) -> None:
+        """`progress` of `Engine.generate`: keeps the bar moving while a chunk of long texts is at work."""
+        if self.bar is not None:
+            self.bar.tick()
+
     def log_work(self, stage: str, step: int, seconds: float) -> None:
         """Collective: log `work`, if there was any."""
         if values := self.work(seconds):
             self.log.metrics(stage, step, values)
 
     def work(self, seconds: float) -> dict[str, float]:
-        """Collective: work counters of the engines used since the last call, over all ranks."""
+        """Collective: work counters of the engines and scorers used since the last call, over all ranks."""
         counts = dict.fromkeys(COUNTERS, 0.0)
         for engine in self.engines:
             for name in COUNTERS:
                 counts[name] += engine.counters[name]
                 engine.counters[name] = 0
+        self._counted += int(counts["trunk_tokens"])
         counts = self.dist.all_reduce_sum(counts | {"seconds": seconds})
         if not counts["trunk_tokens"]:
             return {}
@@ -258,18 +287,24 @@ def journaled(
     ctx.dist.barrier()  # nobody appends before everybody has read
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
-    with ctx.run.journal(stage, ctx.dist.rank) as journal, ctx.log.progress(len(pending), stage, "row") as bar:
-        while (number := ctx.dist.next_item(stage)) < len(chunks):
-            expected = set(chunks[number])
-            for row in process(chunks[number]):
-                expected.remove(row["id"])
-                journal.append(row)
-                bar.update(1)
-            if expected:
-                raise RuntimeError(f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}")
-            if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
-                break
-    if ctx.dist.stop_agreed():
+    rows_done = f"{stage}/rows"
+    with ctx.progress(len(pending), stage, "row", done=lambda: ctx.dist.add(rows_done, 0)) as bar:
+        with ctx.run.journal(stage, ctx.dist.rank) as journal:
+            while (number := ctx.dist.next_item(stage)) < len(chunks):
+                expected = set(chunks[number])
+                for row in process(chunks[number]):
+                    expected.remove(row["id"])
+                    journal.append(row)
+                    ctx.dist.add(rows_done, 1)
+                    bar.update(1)
+                if expected:
+                    raise RuntimeError(
+                        f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}"
+                    )
+                if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
+                    break
+        stop = ctx.dist.stop_agreed()  # before the bar is closed: it counts the other ranks' last rows too
+    if stop:
         raise Stopped
     ctx.dist.barrier()
     ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)

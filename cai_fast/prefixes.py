@@ -1,6 +1,6 @@
 """Rendered prompts through an engine that computes what they share once: few-shot blocks, kept requests, questions."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from os.path import commonprefix  # of any sequences
 
 import torch
@@ -10,10 +10,10 @@ from cai_fast.tokenizer import Options, Rendered
 
 
 class Prefixes:
-    """The few-shot blocks an engine has prefilled, one handle per distinct block."""
+    """The few-shot blocks an engine has prefilled, one handle per distinct block; `progress` as `Engine.generate`."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, progress: Callable[[int, Completion], None] | None = None) -> None:
+        self.engine, self.progress = engine, progress
         self._handles: dict[tuple[int, ...], Prefix] = {}
 
     def handle(self, tokens: Sequence[int]) -> Prefix | None:
@@ -40,7 +40,7 @@ class Prefixes:
         """
         starts = [self._start(r, kept) for r, kept in zip(rendered, after or [None] * len(rendered), strict=True)]
         prompts, handles = [ids for _, ids in starts], [handle for handle, _ in starts]
-        return self.engine.generate(prompts, spec, keys=list(keys), prefix=handles, keep=keep)
+        return self.engine.generate(prompts, spec, keys=list(keys), prefix=handles, keep=keep, progress=self.progress)
 
     def _start(self, r: Rendered, kept: Prefix | None) -> tuple[Prefix | None, list[int]]:
         """The handle that covers most of a prompt, and the tokens after it (at least one of a kept handle's)."""

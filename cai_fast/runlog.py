@@ -17,6 +17,7 @@ from cai_fast.distributed import Distributed
 from cai_fast.files import write_atomic
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines when stderr is not a terminal
+BAR_INTERVAL = 0.1  # and between changes of the bar when it is
 
 
 def truncate_metrics(path: str | os.PathLike[str], stages: Collection[str], step: int = 0) -> None:
@@ -57,44 +58,61 @@ class Mean:
 
 
 class Progress:
-    """A tqdm bar on a terminal, otherwise a plain line at most every 10 s; silent on other ranks."""
+    """A tqdm bar on a terminal, otherwise a plain line at most every 10 s; silent on other ranks.
+
+    Asked whenever something is shown: `done`, for the units that all ranks have done since the start, where others
+    work on them too, and `tokens`, for the tokens that this process has computed so far.
+    """
 
     def __init__(self, total: int, desc: str, unit: str, *, initial: int = 0, file: TextIO | None = None,
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+                 clock: Callable[[], float] = time.monotonic, done: Callable[[], int] | None = None,
+                 tokens: Callable[[], int] | None = None):  # fmt: skip
         self.total, self.desc, self.unit, self.count, self.initial = total, desc, unit, initial, initial
-        self.file, self.clock = file, clock
+        self.file, self.clock, self.done, self.tokens = file, clock, done, tokens
         self.started = self.printed = clock()
+        self.tokens_before = 0 if tokens is None else tokens()
         self.note = ""
         self.bar: tqdm[Any] | None = None
-        if file is not None and file.isatty():
-            self.bar = tqdm(total=total, desc=desc, unit=" " + unit, initial=initial, file=file, dynamic_ncols=True)
+        if file is not None and file.isatty():  # shown as often as it is told to
+            self.bar = tqdm(total=total, desc=desc, unit=" " + unit, initial=initial, file=file, dynamic_ncols=True,
+                            miniters=0, mininterval=0)  # fmt: skip
 
     def update(self, n: int = 1, **values: float | str) -> None:
         """`n` more are done; `values` are shown behind (loss, reward, ...)."""
         self.count += n
         if values:
             self.note = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        if self.bar is not None:
-            if values:
-                self.bar.set_postfix_str(self.note, refresh=False)
-            self.bar.update(n)
-        elif self.file is not None and self.clock() - self.printed >= PLAIN_INTERVAL:
-            self._print()
+        self.tick()
 
-    def _print(self) -> None:
+    def tick(self) -> None:
+        """Show how far things are, if it is time to. Cheap, so that whoever works on a long unit can call it often."""
+        interval = PLAIN_INTERVAL if self.bar is None else BAR_INTERVAL
+        if self.file is not None and self.clock() - self.printed >= interval:
+            self._show()
+
+    def _show(self) -> None:
         self.printed = self.clock()
         elapsed = self.printed - self.started
+        if self.done is not None:
+            self.count = self.initial + self.done()
+        notes = [self.note] * bool(self.note)
+        if self.tokens is not None and elapsed > 0 and (tokens := self.tokens() - self.tokens_before) > 0:
+            notes.insert(0, f"{tqdm.format_sizeof(tokens / elapsed)} tokens/s")
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(notes), refresh=False)
+            self.bar.update(self.count - self.bar.n)
+            return
         rate = (self.count - self.initial) / elapsed if elapsed > 0 else 0.0
         left = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
         parts = [f"{self.desc}: {self.count}/{self.total} {self.unit}", f"{rate:.3g}/s"]
         parts.append(f"ETA {left}" if self.count < self.total else f"took {tqdm.format_interval(elapsed)}")
-        print(", ".join(parts + [self.note] * bool(self.note)), file=self.file, flush=True)
+        print(", ".join(parts + notes), file=self.file, flush=True)
 
     def close(self) -> None:
+        if self.file is not None:
+            self._show()
         if self.bar is not None:
             self.bar.close()
-        elif self.file is not None:
-            self._print()
         self.file = self.bar = None
 
     def __enter__(self) -> "Progress":
@@ -129,9 +147,13 @@ class RunLog:
         if self.is_main:
             truncate_metrics(self.path, (stage,), step)
 
-    def progress(self, total: int, desc: str, unit: str = "it", *, initial: int = 0) -> Progress:
-        """Progress of `total` units of which `initial` were done before this process started."""
-        return Progress(total, desc, unit, initial=initial, file=sys.stderr if self.is_main else None)
+    def progress(
+        self, total: int, desc: str, unit: str = "it", *, initial: int = 0, done: Callable[[], int] | None = None,
+        tokens: Callable[[], int] | None = None,
+    ) -> Progress:  # fmt: skip
+        """Progress of `total` units of which `initial` were done before this process started; see `Progress`."""
+        file = sys.stderr if self.is_main else None
+        return Progress(total, desc, unit, initial=initial, file=file, done=done, tokens=tokens)
 
     def info(self, message: str) -> None:
         if self.is_main:  # tqdm.write keeps an open progress bar below the message

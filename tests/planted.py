@@ -41,7 +41,8 @@ class PlantedEngine:
         return self.renderer.tokenizer.decode([*(prefix or []), *ids])
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[int],
-                 prefix: Sequence[list[int] | None] | None = None, keep: bool = False) -> list[Completion]:  # fmt: skip
+                 prefix: Sequence[list[int] | None] | None = None, keep: bool = False,
+                 progress: Any = None) -> list[Completion]:  # fmt: skip
         """One reply per prompt, ended by the stop token."""
         done = []
         for ids, before in zip(prompts, prefix or [None] * len(prompts), strict=True):

@@ -23,9 +23,9 @@ GROUPS = [
     {"rng", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "fit", "ppo", "elo", "prefixes"},
+    {"batching", "losses", "optim", "fit", "ppo", "elo", "prefixes", "scorer"},
     {"toy", "report"},
-    {"pipeline", "workload", "capacity", "plan", "preflight", "chains", "judging", "measure", "hhh", "elo"},
+    {"pipeline", "workload", "capacity", "plan", "preflight", "chains", "judging", "measure", "hhh", "sampler", "elo"},
     {"stages"},
     {"train"},
 ]

@@ -73,6 +73,12 @@ try:
 except InputError as error:
     out["error"] = str(error)
 out["main"] = d.on_main(lambda: d.rank)
+out["gathered"] = d.gather_objects(lambda: {"rank": d.rank, "x": [0.1] * (1 + 3 * d.rank)})
+try:
+    d.gather_objects(lambda: fail() if d.rank else "fine")
+except InputError as error:
+    out["gather_error"] = str(error)
+out["added"] = d.add("rows", 10 + d.rank)
 run = RunDir.open(sys.argv[1] + "/run", config.load([]), dist=d)
 done = [run.is_done("revise", {"n": 1})]
 run.begin("revise", {"n": 1})
@@ -157,6 +163,13 @@ def test_rank_0_speaks_for_all(two_ranks):
         assert out["main"] == 0
 
 
+def test_every_rank_hears_from_all(two_ranks):
+    for out in two_ranks:
+        assert out["gathered"] == [{"rank": 0, "x": [0.1]}, {"rank": 1, "x": [0.1] * 4}]
+        assert out["gather_error"] == "broken on rank 1"
+    assert sorted(out["added"] for out in two_ranks) in ([10, 21], [11, 21])
+
+
 def test_ranks_share_a_run_folder(two_ranks):
     assert two_ranks[0]["hash"] == two_ranks[1]["hash"]
     for out in two_ranks:
@@ -178,6 +191,8 @@ def test_world_of_one_needs_no_group(monkeypatch):
     assert [d.next_item("a"), d.next_item("a"), d.next_item("b")] == [0, 1, 0]
     assert d.all_reduce_sum([1, 2.5]) == [1.0, 2.5]
     assert d.broadcast_object((1, 2)) == [1, 2]
+    assert d.gather_objects(lambda: (1, 2)) == [[1, 2]]
+    assert [d.add("rows", 3), d.add("rows", 0)] == [3, 3]
     d.barrier()
     distributed.shutdown()
 

@@ -17,7 +17,7 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import checkpoint, config, config_schema, distributed, losses, model, pipeline, readers, records
+from cai_fast import checkpoint, config, config_schema, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -381,12 +381,12 @@ def test_guard_against_refusals_looks_at_each_kind_of_prompt() -> None:
 
 
 def test_prompt_stream_mixes_and_covers(trained: Context) -> None:
-    stream = rl.PromptStream(trained)
+    stream = sampler.PromptStream(trained)
     taken = stream.take(0, 120)
     for start in range(0, 120, 10):
         assert sum(p.kind == "red_team" for p, _ in taken[start : start + 10]) == 5
     assert sorted(p.id for p, visit in taken if visit == 0) == sorted(p.id for p in PROMPTS)
-    assert taken[37:90] == rl.PromptStream(trained).take(37, 53), "a function of the position alone"
+    assert taken[37:90] == sampler.PromptStream(trained).take(37, 53), "a function of the position alone"
     assert [p.id for p, v in taken if v == 0] != [p.id for p, v in taken if v == 1]
 
 

@@ -97,6 +97,17 @@ def _level(trunk: Trunk, nodes: list[_Node], last: list[Tensor]) -> None:
             last[node.leaf] = row
 
 
+def leaf_states(trunk: Trunk, trees: Sequence[Tree], root: list[Tensor], max_tokens: int) -> list[Tensor]:
+    """[H] at the last token of every leaf, depth first: level by level, so that a shared token is computed once."""
+    last: list[Tensor] = []
+    for group in bins([_size(tree) for tree in trees], max_tokens):
+        levels, leaves = _levels([trees[i] for i in group], len(last), root)
+        last += [torch.empty(0)] * (leaves - len(last))
+        for nodes in levels:
+            _level(trunk, nodes, last)
+    return last
+
+
 def score(
     trunk: Trunk,
     items: Sequence[Tree | Sequence[int]],
@@ -107,7 +118,7 @@ def score(
     max_tokens: int,
     return_mass: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `Engine.score`. Trees are computed level by level: a shared token is computed once."""
+    """See `Engine.score`."""
     trees = [item if isinstance(item, Tree) else Tree(list(item)) for item in items]
     before = 0 if prefix is None else len(prefix)
     for i, tree in enumerate(trees):
@@ -117,13 +128,7 @@ def score(
                 f"{max_len}. Shorten it or raise engine.max_len"
             )
     trunk.counters["prompt_tokens"] += sum(_separate(tree, before) for tree in trees)
-    root = [] if prefix is None else list(prefix.stretches)
-    last: list[Tensor] = []
-    for group in bins([_size(tree) for tree in trees], max_tokens):
-        levels, leaves = _levels([trees[i] for i in group], len(last), root)
-        last += [torch.empty(0)] * (leaves - len(last))
-        for nodes in levels:
-            _level(trunk, nodes, last)
+    last = leaf_states(trunk, trees, [] if prefix is None else list(prefix.stretches), max_tokens)
     weight, option_ids = trunk.model.lm_head_weight, option_ids.to(trunk.device)
     if not last:
         none = weight.new_zeros(0, option_ids.shape[0], dtype=torch.float32)

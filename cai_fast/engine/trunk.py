@@ -57,12 +57,13 @@ class Trunk:
 
     def __init__(self, model: Model, deterministic: bool, max_tokens: int) -> None:
         """max_tokens: of one pass over packed prompts."""
-        self.model, self.device, self.deterministic = model, model.lm_head_weight.device, deterministic
+        self.model, self.device, self.deterministic = model, model.device, deterministic
         self.max_tokens = max_tokens
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._multiple = BLOCK
         if deterministic and self.device.type == "cpu":
-            weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [model.lm_head_weight]
+            weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+            weights += [model.lm_head_weight] if model.head == "lm" else []  # a scalar head is no GEMM
             pieces = {(size, w.shape[0]) for w in weights for size in (min(w.shape[1], WIDE), w.shape[1] % WIDE)}
             shapes = frozenset(shape for shape in pieces if shape[0])
             self._multiple = row_multiple(shapes, model.dtype, torch.get_num_threads())
@@ -92,9 +93,9 @@ class Trunk:
             before = sum(kv.shape[3] for kv in context)
             positions += range(before, before + n)
         cu = torch.tensor([0, *lens, padding], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
-        config, weight = self.model.config, self.model.lm_head_weight
+        config = self.model.config
         if self.device.type == "cuda" and not any(contexts):
-            plain = packed_causal(config, [*lens, padding], cu, weight)
+            plain = packed_causal(config, [*lens, padding], cu, self.model.head_weight)
             attend = plain if store is None else StoringAttend(plain, lambda i, k, v: store(i, k[:total], v[:total]))
         else:
             attend = ContextAttend(config, lens, contexts, store=store, device=self.device)

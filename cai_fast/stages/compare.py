@@ -106,7 +106,7 @@ class Worker:
             jobs = [(p, item, side) for p, item in items for side in (0, 1) if self.roles_of(item)[side] == role]
             ids = [self.renderers[role].dialogue(p.turns) for p, _, _ in jobs]
             keys = [self.ctx.key("compare/response", item, side) for _, item, side in jobs]
-            done = self.engines[role].generate(ids, self.spec, keys=keys)
+            done = self.engines[role].generate(ids, self.spec, keys=keys, progress=self.ctx.tick)
             answers.update({(item, side): c for (_, item, side), c in zip(jobs, done, strict=True)})
         for prompt, item in items:
             yield self._row(prompt, item, answers[item, 0], answers[item, 1])

@@ -7,7 +7,7 @@ bootstrap over prompts. Harm is never reported without helpfulness, nor a score 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +18,7 @@ from cai_fast.files import write_atomic
 from cai_fast.measure import Answer, Verdict
 from cai_fast.pipeline import TOY, Context
 from cai_fast.records import Comparison, Label, Prompt
+from cai_fast.scorer import Scorer
 
 OUTPUTS = ("evaluation.json", "answers.jsonl")
 POLICIES = ("base", "sl_cai", "rl_cai")
@@ -81,7 +82,7 @@ class Evaluation:
         self.ctx, cfg = ctx, ctx.config.evaluate
         self.truth = toy_truth(ctx.config)
         self.renderer = ctx.renderer("pm_eval")
-        self.pm_eval = ctx.model("pm_eval")
+        self.pm_eval = ctx.scorer(ctx.model("pm_eval"))
         counts = {"red_team": cfg.num_red_team, "benign": cfg.num_helpful}
         self.prompts = {
             group: pipeline.take(
@@ -93,11 +94,17 @@ class Evaluation:
         for policy in POLICIES:
             both = measure.answers(ctx, policy, [p for group in self.prompts.values() for p in group])
             self.answers[policy] = {group: [a for a in both if a.prompt.kind == kind] for group, kind in GROUPS.items()}
-        self.pm_scores = {
-            policy: {g: measure.score_answers(ctx, self.pm_eval, self.renderer, rows) for g, rows in groups.items()}
-            for policy, groups in self.answers.items()
-        }
+        self.pm_scores = self.scores(self.pm_eval)
         self._verdicts: list[Verdict] | None = None
+
+    def scores(self, scorer: Scorer, groups: Sequence[str] = tuple(GROUPS)) -> dict[str, dict[str, list[float]]]:
+        """Preference scores by policy and group of prompts, of all policies' answers together. Collective."""
+        rows = [a for by_group in self.answers.values() for group in groups for a in by_group[group]]
+        scores = iter(measure.score_answers(self.ctx, scorer, self.renderer, rows))
+        return {
+            policy: {group: list(islice(scores, len(by_group[group]))) for group in groups}
+            for policy, by_group in self.answers.items()
+        }
 
     def table(self, columns: dict[str, Sequence[float]], prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Every column's mean with its interval; a column without values (all chains rejected) is left out."""
@@ -148,21 +155,25 @@ class Evaluation:
 
         chunk = self.ctx.config.revise.chunk
         rows = pipeline.journaled(self.ctx, "evaluate.revise", list(prompts), chunk, process)
-        result = {}
-        zero = 0.0
-        for k in range(self.ctx.config.revise.rounds + 1):
-            # A chain that was rejected at a later step still counts up to there.
-            steps = [
-                (prompts[i], [row["record"]["response"], *(r["revision"] for r in row["record"]["rounds"])][k], ids)
+        # A chain that was rejected at a later step still counts up to there.
+        steps = [
+            [
+                Answer(prompts[i], [row["record"]["response"], *(r["revision"] for r in row["record"]["rounds"])][k],
+                       ids, True)
                 for i, row in rows.items()
                 if (ids := row["tokens"].get(f"{row['record']['id']}/{k}")) is not None
             ]
-            columns = self.text_metrics([p for p, _, _ in steps], [text for _, text, _ in steps])
-            answers = [Answer(p, text, ids, True) for p, text, ids in steps]
-            scores = measure.score_answers(self.ctx, self.pm_eval, self.renderer, answers)
-            zero = fmean(scores) if k == 0 and scores else zero
-            columns["pm_score"] = [score - zero for score in scores]
-            result[str(k)] = self.table(columns, [p for p, _, _ in steps])
+            for k in range(self.ctx.config.revise.rounds + 1)
+        ]  # fmt: skip
+        everything = [a for answers in steps for a in answers]
+        scores = iter(measure.score_answers(self.ctx, self.pm_eval, self.renderer, everything))
+        result, zero = {}, 0.0
+        for k, answers in enumerate(steps):
+            columns = self.text_metrics([a.prompt for a in answers], [a.text for a in answers])
+            mine = list(islice(scores, len(answers)))
+            zero = fmean(mine) if k == 0 and mine else zero
+            columns["pm_score"] = [score - zero for score in mine]
+            result[str(k)] = self.table(columns, [a.prompt for a in answers])
         return result
 
     @property
@@ -228,16 +239,14 @@ class Evaluation:
         if self.truth is None:
             return result
         for name in ("pm", "pm_eval"):
-            model = self.pm_eval if name == "pm_eval" else self.ctx.model("pm")
-            scores = {
-                policy: measure.score_answers(self.ctx, model, self.renderer, groups["red_team"])
-                for policy, groups in self.answers.items()
-            }
+            scores = self.pm_scores
+            if name == "pm":
+                scores = self.scores(self.ctx.scorer(self.ctx.model("pm")), ["red_team"])
             pairs = []
             for first, second in combinations(POLICIES, 2):
                 rows = zip(
-                    self.answers[first]["red_team"], scores[first],
-                    self.answers[second]["red_team"], scores[second], strict=True,
+                    self.answers[first]["red_team"], scores[first]["red_team"],
+                    self.answers[second]["red_team"], scores[second]["red_team"], strict=True,
                 )  # fmt: skip
                 pairs += [(a.prompt, a.text, b.text, _sigmoid(s - t)) for a, s, b, t in rows]
             result[f"{name}_harm_pairs"] = self._harm_accuracy(pairs)

@@ -6,6 +6,7 @@ a hash of its conversation's first turn, so no prompt is on two sides.
 """
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cai_fast import elo, losses, measure, pipeline, readers, records, rng
+from cai_fast import elo, losses, pipeline, readers, records, rng
 from cai_fast.batching import pack
 from cai_fast.errors import InputError
 from cai_fast.fit import FitSettings, Task, fit
@@ -23,6 +24,7 @@ from cai_fast.model.hf import read_config
 from cai_fast.pipeline import Context
 from cai_fast.prompts import fit_turns
 from cai_fast.records import Label, Turn
+from cai_fast.scorer import Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
 
 MODELS = ("pm", "pm_eval")
@@ -81,10 +83,13 @@ def run(ctx: Context) -> None:
             raise InputError(f"pm: no comparison left to train {name} on ({len(pairs)} in all); give more prompts")
         model = initial(ctx, name)
         steps = train(ctx, model, name, training, first_step)
-        results = held_out_results(model, [p for p, held_out in mine if held_out])
+        began, scorer = time.monotonic(), ctx.scorer(model)
+        results = held_out_results(scorer, [p for p, held_out in mine if held_out])
+        work = ctx.work(time.monotonic() - began)
         summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps} | results
         shown = {f"{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
         held_out |= {f"{name}/held_out_{m}": value for m, value in shown.items()}
+        held_out |= {f"{m}/{name}": value for m, value in work.items()}
         ctx.log.info(f"{name}: trained on {summary[name]['trained_on']}, held out: {shown}")
         ctx.dist.on_main(lambda name=name, model=model: save(ctx, model, name, renderer.tokenizer))
         first_step += steps
@@ -177,13 +182,14 @@ def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: 
     )  # fmt: skip
 
 
-def held_out_results(model: Model, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
+def held_out_results(scorer: Scorer, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
     """Accuracy and calibration on comparisons of prompts that the model has not seen, by kind."""
     results = {}
     for kind in KINDS:
         chosen = [p for p in pairs if p.kind == kind]
         if chosen:
-            scores = measure.preference_scores(model, [ids for p in chosen for ids in (p.ids_a, p.ids_b)])
+            sequences = [ids for p in chosen for ids in (p.ids_a, p.ids_b)]
+            scores = scorer.scores(sequences, [n // 2 for n in range(len(sequences))]).tolist()
             margins = [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
             results[kind] = agreement(margins, [p.prob_a for p in chosen])
     return results

@@ -6,14 +6,11 @@ Guards look at the answers before they are trained on. A training state is saved
 newest state is always a usable policy, and it is what a guard's stop leaves behind.
 """
 
-import dataclasses
 import heapq
-import itertools
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,140 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, checkpoint, losses, pipeline, records, rng
-from cai_fast.batching import Example, bins, pack
+from cai_fast import chains, checkpoint, pipeline, records
 from cai_fast.distributed import Stopped
-from cai_fast.engine import Completion
-from cai_fast.errors import InputError
-from cai_fast.model import Model, ScalarHead
+from cai_fast.model import ScalarHead
 from cai_fast.optim import schedule
 from cai_fast.pipeline import Context
 from cai_fast.ppo import Critic, Ppo, Rollouts
-from cai_fast.records import Journal, Prompt, Rollout, content_id
+from cai_fast.records import Journal, Rollout, content_id
 from cai_fast.runlog import Mean
-from cai_fast.tokenizer import Finished, Renderer
+from cai_fast.sampler import KINDS, Answers, Sampler
 
 OUTPUTS = ("rollouts.jsonl", "tokens/rollouts.safetensors", "checkpoints/rl_cai")
-STANDARDISE_SAMPLES = 256
-KINDS = ("red_team", "helpful")
 MAX_LOGPROB_GAP = 1e-3  # nats; fp32 engine and trainer agree far better than this
-
-
-@dataclass(frozen=True)
-class Item:
-    """One answer to be sampled; `visit` counts how often this prompt was used before."""
-
-    number: int  # in its iteration, over all ranks
-    prompt: Prompt
-    visit: int
-    sample: int
-
-
-@dataclass(frozen=True)
-class Answers:
-    """This rank's answers of one iteration. scores[S]: raw preference scores."""
-
-    items: list[Item]
-    total: int  # over all ranks
-    completions: list[Completion]
-    finished: list[Finished]
-    scores: Tensor
-
-    def examples(self, renderer: Renderer) -> list[Example]:
-        """What PPO trains on: the tokens as sampled."""
-        return [
-            Example(item.prompt.id, renderer.dialogue(item.prompt.turns), c.token_ids)
-            for item, c in zip(self.items, self.completions, strict=True)
-        ]
-
-
-class PromptStream:
-    """Prompts of both kinds in their share; each kind in a new order every epoch, a function of seed and position."""
-
-    def __init__(self, ctx: Context) -> None:
-        self.ctx, self.fraction = ctx, ctx.config.rl.red_team_fraction
-        self.orders: dict[tuple[str, int], list[int]] = {}  # the current epoch's order of each kind
-        self.prompts = {kind: pipeline.load_prompts(ctx, kind=kind, split="train") for kind in KINDS}
-        for kind, share in (("red_team", self.fraction), ("helpful", 1 - self.fraction)):
-            if share > 0 and not self.prompts[kind]:
-                raise InputError(f"rl: no {kind} prompt to train on, but rl.red_team_fraction = {self.fraction}")
-
-    def take(self, start: int, count: int) -> list[tuple[Prompt, int]]:
-        """Prompts number `start`... of the whole run, with how often each was used before."""
-        chosen = []
-        for position in range(start, start + count):
-            red_team = [math.floor(p * self.fraction + 0.5) for p in (position, position + 1)]
-            kind = "red_team" if red_team[1] > red_team[0] else "helpful"
-            chosen.append(self._nth(kind, red_team[0] if kind == "red_team" else position - red_team[0]))
-        return chosen
-
-    def _nth(self, kind: str, n: int) -> tuple[Prompt, int]:
-        prompts = self.prompts[kind]
-        epoch, index = divmod(n, len(prompts))
-        return prompts[self._order(kind, epoch)[index]], epoch
-
-    def _order(self, kind: str, epoch: int) -> list[int]:
-        if (kind, epoch) not in self.orders:
-            order = rng.permutation(self.ctx.key("rl/order", kind, epoch), len(self.prompts[kind]))
-            self.orders = {k: v for k, v in self.orders.items() if k[0] != kind} | {(kind, epoch): order}
-        return self.orders[kind, epoch]
-
-
-class Sampler:
-    """Answers of the current policy, scored by the preference model."""
-
-    def __init__(self, ctx: Context, policy: Model, renderer: Renderer) -> None:
-        self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, renderer
-        self.stream = PromptStream(ctx)
-        self.pm, self.pm_renderer = ctx.model("pm", head="score").requires_grad_(False), ctx.renderer("pm")
-        self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
-        if self.cfg.critic == "pm" and not self.same_tokens:
-            raise InputError("rl.critic = pm needs a preference model with the policy's tokenizer; use own or detached")
-        spec = pipeline.sampling(renderer, "response", self.cfg.temperature, self.cfg.max_new_tokens)
-        self.spec = dataclasses.replace(spec, top_k=self.cfg.top_k, top_p=self.cfg.top_p)
-        room = ctx.config.data.max_prompt_tokens + self.cfg.max_new_tokens
-        self.engine = ctx.engine(policy, renderer, -(-room // 64) * 64)
-
-    def items(self, step: int) -> list[Item]:
-        """The answers of iteration `step`."""
-        count = self.cfg.prompts_per_step
-        prompts, samples = self.stream.take(step * count, count), range(self.cfg.samples_per_prompt)
-        return [Item(n, p, v, s) for n, ((p, v), s) in enumerate(itertools.product(prompts, samples))]
-
-    def answer(self, items: list[Item], stage: str) -> Answers:
-        """This rank's share of the answers."""
-        dist, total = self.ctx.dist, len(items)
-        mine = items[total * dist.rank // dist.world : total * (dist.rank + 1) // dist.world]
-        prompts = [self.renderer.dialogue(item.prompt.turns) for item in mine]
-        keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in mine]
-        self.engine.invalidate()  # the weights may have changed since the last call
-        done = self.engine.generate(prompts, self.spec, keys=keys)
-        finished = [self.renderer.finish(c.token_ids, "response") for c in done]
-        # An answer that was cut off must not look finished to the preference model.
-        finished = [
-            f if c.finish_reason == "stop" else f._replace(token_ids=f.body_ids)
-            for f, c in zip(finished, done, strict=True)
-        ]
-        return Answers(mine, total, done, finished, self.score(mine, finished))
-
-    @torch.no_grad()
-    def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
-        """[S] raw preference scores, read at the end-of-context token."""
-        sequences = [
-            self.pm_renderer.preference(
-                item.prompt.turns, f.token_ids if self.same_tokens else self.pm_renderer.response_ids(f.text)
-            )
-            for item, f in zip(items, finished, strict=True)
-        ]
-        scores = torch.zeros(len(sequences))
-        for group in bins([len(s) for s in sequences], self.cfg.micro_tokens):
-            scores[group] = losses.scores(self.pm, pack([sequences[i] for i in group], self.pm.device)).cpu()
-        return scores
-
-    def standardisation(self) -> tuple[float, float]:
-        """(mean, deviation) of the scores of a first sample of SL-CAI's answers."""
-        items = [Item(n, p, v, 0) for n, (p, v) in enumerate(self.stream.take(0, STANDARDISE_SAMPLES))]
-        return losses.standardisation(self.answer(items, "rl/standardise").scores, self.ctx.dist)
 
 
 class Loop:
@@ -200,10 +75,10 @@ class Loop:
         ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
         ctx.work(1.0)  # forget the answers for the standardisation: they are no iteration's
         path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
-        with Journal(path) as journal, ctx.log.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
+        with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
-                answers = self.sampler.answer(self.sampler.items(step), "rl")
+                answers = self.sampler.answer(self.sampler.items(step), "rl", step)
                 first = answers.items[0].number if answers.items else 0
                 rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
                 rewards = self.rewards(answers)

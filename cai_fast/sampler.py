@@ -1,0 +1,171 @@
+"""Answers of the policy that is being trained: which prompts, sampled by an engine, scored by the preference model."""
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cai_fast import losses, pipeline, rng
+from cai_fast.batching import Example
+from cai_fast.engine import Completion
+from cai_fast.errors import InputError
+from cai_fast.model import Model
+from cai_fast.pipeline import Context
+from cai_fast.records import Prompt
+from cai_fast.tokenizer import Finished, Renderer
+
+STANDARDISE_SAMPLES = 256
+KINDS = ("red_team", "helpful")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answer to be sampled; `visit` counts how often this prompt was used before."""
+
+    number: int  # in its iteration, over all ranks
+    prompt: Prompt
+    visit: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """This rank's answers of one iteration. scores[S]: raw preference scores."""
+
+    items: list[Item]
+    total: int  # over all ranks
+    completions: list[Completion]
+    finished: list[Finished]
+    scores: Tensor
+
+    def examples(self, renderer: Renderer) -> list[Example]:
+        """What PPO trains on: the tokens as sampled."""
+        return [
+            Example(item.prompt.id, renderer.dialogue(item.prompt.turns), c.token_ids)
+            for item, c in zip(self.items, self.completions, strict=True)
+        ]
+
+
+class PromptStream:
+    """Prompts of both kinds in their share; each kind in a new order every epoch, a function of seed and position."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.fraction = ctx, ctx.config.rl.red_team_fraction
+        self.orders: dict[tuple[str, int], list[int]] = {}  # the current epoch's order of each kind
+        self.prompts = {kind: pipeline.load_prompts(ctx, kind=kind, split="train") for kind in KINDS}
+        for kind, share in (("red_team", self.fraction), ("helpful", 1 - self.fraction)):
+            if share > 0 and not self.prompts[kind]:
+                raise InputError(f"rl: no {kind} prompt to train on, but rl.red_team_fraction = {self.fraction}")
+
+    def take(self, start: int, count: int) -> list[tuple[Prompt, int]]:
+        """Prompts number `start`... of the whole run, with how often each was used before."""
+        chosen = []
+        for position in range(start, start + count):
+            red_team = [math.floor(p * self.fraction + 0.5) for p in (position, position + 1)]
+            kind = "red_team" if red_team[1] > red_team[0] else "helpful"
+            chosen.append(self._nth(kind, red_team[0] if kind == "red_team" else position - red_team[0]))
+        return chosen
+
+    def _nth(self, kind: str, n: int) -> tuple[Prompt, int]:
+        prompts = self.prompts[kind]
+        epoch, index = divmod(n, len(prompts))
+        return prompts[self._order(kind, epoch)[index]], epoch
+
+    def _order(self, kind: str, epoch: int) -> list[int]:
+        if (kind, epoch) not in self.orders:
+            order = rng.permutation(self.ctx.key("rl/order", kind, epoch), len(self.prompts[kind]))
+            self.orders = {k: v for k, v in self.orders.items() if k[0] != kind} | {(kind, epoch): order}
+        return self.orders[kind, epoch]
+
+
+def pieces(total: int, world: int, batch: int, together: int) -> list[slice]:
+    """`total` answers, `together` to a prompt, cut into the pieces that ranks pull."""
+    # Where a piece ends, the rows of an engine run empty. So the first pieces are half of a rank's share of what is
+    # left; later ones, which even out the ranks, are smaller, but no less than the engine's batch (half a batch takes
+    # about as long) nor than an even share, if that is less. A prompt's samples stay together: it is prefilled once.
+    smallest = min(batch, -(-total // world))
+    together = together if together <= smallest else 1
+    bounds = [0]
+    while bounds[-1] < total:
+        size = max(smallest, -(-(total - bounds[-1]) // (2 * world)))
+        bounds.append(min(total, bounds[-1] + -(-size // together) * together))
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+class Sampler:
+    """Answers of the current policy, scored by the preference model."""
+
+    def __init__(self, ctx: Context, policy: Model, renderer: Renderer) -> None:
+        self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, renderer
+        self.stream = PromptStream(ctx)
+        pm = ctx.model("pm", head="score").requires_grad_(False)
+        self.scorer, self.pm_renderer = ctx.scorer(pm, self.cfg.micro_tokens), ctx.renderer("pm")
+        self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
+        if self.cfg.critic == "pm" and not self.same_tokens:
+            raise InputError("rl.critic = pm needs a preference model with the policy's tokenizer; use own or detached")
+        spec = pipeline.sampling(renderer, "response", self.cfg.temperature, self.cfg.max_new_tokens)
+        self.spec = dataclasses.replace(spec, top_k=self.cfg.top_k, top_p=self.cfg.top_p)
+        room = ctx.config.data.max_prompt_tokens + self.cfg.max_new_tokens
+        self.engine = ctx.engine(policy, renderer, -(-room // 64) * 64)
+
+    def items(self, step: int) -> list[Item]:
+        """The answers of iteration `step`."""
+        count = self.cfg.prompts_per_step
+        prompts, samples = self.stream.take(step * count, count), range(self.cfg.samples_per_prompt)
+        return [Item(n, p, v, s) for n, ((p, v), s) in enumerate(itertools.product(prompts, samples))]
+
+    def answer(self, items: list[Item], stage: str, step: int = 0) -> Answers:
+        """This rank's share of the answers, whoever sampled them. Collective."""
+        dist, total = self.ctx.dist, len(items)
+        self.engine.invalidate()  # the weights may have changed since the last call
+        done = self.generate(items, stage, f"{stage}/{step}")
+        share = slice(total * dist.rank // dist.world, total * (dist.rank + 1) // dist.world)
+        mine, done = items[share], done[share]
+        finished = [self.renderer.finish(c.token_ids, "response") for c in done]
+        # An answer that was cut off must not look finished to the preference model.
+        finished = [
+            f if c.finish_reason == "stop" else f._replace(token_ids=f.body_ids)
+            for f, c in zip(finished, done, strict=True)
+        ]
+        return Answers(mine, total, done, finished, self.score(mine, finished))
+
+    def generate(self, items: list[Item], stage: str, name: str) -> list[Completion]:
+        """A completion for every item, in their order, on every rank: ranks pull pieces of the list called `name`, and
+        exchange them, so that a rank with short answers samples more and none waits long. Collective."""
+        dist = self.ctx.dist
+        if dist.world == 1:
+            return self._sample(items, stage)
+        parts = pieces(len(items), dist.world, self.ctx.config.engine.max_batch, self.cfg.samples_per_prompt)
+
+        def work() -> list[tuple[int, list[Any]]]:
+            mine = []
+            while (number := dist.next_item(name)) < len(parts):
+                made = self._sample(items[parts[number]], stage)
+                mine.append((number, [(c.token_ids, c.logprobs, c.finish_reason) for c in made]))
+            return mine
+
+        made = dict(piece for by_rank in dist.gather_objects(work) for piece in by_rank)
+        return [Completion(*fields) for number in range(len(parts)) for fields in made[number]]
+
+    def _sample(self, items: list[Item], stage: str) -> list[Completion]:
+        prompts = [self.renderer.dialogue(item.prompt.turns) for item in items]
+        keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in items]
+        return self.engine.generate(prompts, self.spec, keys=keys, progress=self.ctx.tick)
+
+    def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
+        """[S] raw preference scores, read at the end-of-context token."""
+        sequences = [
+            self.pm_renderer.preference(
+                item.prompt.turns, f.token_ids if self.same_tokens else self.pm_renderer.response_ids(f.text)
+            )
+            for item, f in zip(items, finished, strict=True)
+        ]
+        return self.scorer.scores(sequences, [(item.prompt.id, item.visit) for item in items])
+
+    def standardisation(self) -> tuple[float, float]:
+        """(mean, deviation) of the scores of a first sample of SL-CAI's answers."""
+        items = [Item(n, p, v, 0) for n, (p, v) in enumerate(self.stream.take(0, STANDARDISE_SAMPLES))]
+        return losses.standardisation(self.answer(items, "rl/standardise").scores, self.ctx.dist)
