@@ -93,8 +93,8 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return self.pages * self.page_bytes
+        """Bytes of all pages, with the one that padding rows write to."""
+        return (self.pages + self.paged) * self.page_bytes
 
     def own(self, tokens: int, block: int) -> int:
         """Pages that a request of `tokens` needs besides the full ones of its few-shot block."""

@@ -196,6 +196,7 @@ class EngineConfig(Section):
     deterministic: bool | str = opt(
         "auto", "same bits whatever the batch; auto: on CPU only", choices=("auto",), work=True
     )
+    longest_first: bool = opt(True, "start the sequences that may last longest first; else in their order", work=True)
 
     def check_together(self, s: types.SimpleNamespace) -> None:
         if s.num_pages and not s.page_size:

@@ -139,6 +139,7 @@ class Context:
             tokenizer=renderer.tokenizer,
             page_size=None if settings.page_size < 0 else settings.page_size,
             num_pages=settings.num_pages or None,
+            longest_first=settings.longest_first,
         )
         self.engines.add(engine)
         return engine

@@ -86,7 +86,7 @@ def place_shifted(self: PagedCache, prefix: Prefix) -> list[int]:
 
 def evict_any(self: PagedCache, count: int, keep: list[int]) -> bool:
     while len(self._free) < count and self._prefixes:
-        for page in self._prefixes.pop(next(iter(self._prefixes))):
+        for page in self._prefixes.pop(next(iter(self._prefixes)))[2]:
             self._refs[page] = 0
             self._free.append(page)
     return len(self._free) >= count

@@ -32,7 +32,7 @@ def model() -> Model:
 def audit(runner: Engine) -> None:
     """Every page is free or held exactly as often as its count says, and the table says what the host knows."""
     cache = runner._cache
-    held = Counter(chain(*cache._rows.values(), *cache._prefixes.values()))
+    held = Counter(chain(*cache._rows.values(), *(pages for _, _, pages in cache._prefixes.values())))
     assert [held[page] for page in range(len(cache._refs))] == cache._refs
     assert sorted([*cache._free, *held]) == list(range(len(cache._refs)))
     for row, owned in cache._rows.items():
@@ -260,8 +260,15 @@ def test_gpu_pages_are_what_free_memory_holds(model: Model, monkeypatch: pytest.
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
-        given = {"rows": 8, "max_len": 640, "page_size": None, "num_pages": None, "fixed": False} | options
-        return pages.make_cache(CONFIG, Cuda(), **given)
+        given = {
+            "rows": 8,
+            "max_len": 640,
+            "page_size": None,
+            "num_pages": None,
+            "fixed": False,
+            "shared_decode": None,
+        } | options
+        return pages.plan_cache(CONFIG, Cuda(), **given)()
 
     monkeypatch.setattr(pages, "PagedCache", lambda config, count, size, like, **more: (count, size))
     page = 64 * 2 * 2 * 2 * 16 * 4

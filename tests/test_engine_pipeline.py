@@ -49,7 +49,7 @@ def test_queued_steps_give_what_single_steps_give(
         found = runner.generate(prompts, sampling)
         assert_close(model, prompts, found, want)
     assert {c.finish_reason for c in found} == {"stop", "length"} and [] in [c.token_ids for c in found]
-    shapes = {(11, runner._cache.width(160))} if deterministic else set(runner._graphs._replays)
+    shapes = {(11, runner._cache.width(160), False)} if deterministic else set(runner._graphs._replays)
     assert set(runner._graphs._replays) == shapes and len(made) == len(shapes)
     if page_size:
         assert_empty(runner)

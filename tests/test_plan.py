@@ -95,7 +95,7 @@ def engine(**settings: int) -> Any:
 
 def test_pages_by_hand() -> None:
     pool = capacity.pool(engine(page_size=16), CONFIG, 4, request(), None)
-    assert (pool.pages, pool.page_bytes, pool.nbytes) == (4 * 7, 16 * TOKEN, 28 * 16 * TOKEN)
+    assert (pool.pages, pool.page_bytes, pool.nbytes) == (4 * 7, 16 * TOKEN, 29 * 16 * TOKEN)
     assert (pool.shared, pool.running(request().phases[0]), pool.used(request())) == (2, 4, 2 + 4 * 5)
     small = capacity.pool(engine(page_size=16, num_pages=13), CONFIG, 4, request(), None)
     assert (small.pages, small.running(request().phases[0]), small.used(request())) == (13, 2, 2 + 2 * 5)

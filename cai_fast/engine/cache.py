@@ -133,6 +133,11 @@ class SlotCache:
         """Positions at the start of a row that a step does not read for it alone."""
         return self.blocks.skipped(row)
 
+    @property
+    def variant(self) -> bool:
+        """Whether a step now runs other operations than before."""
+        return bool(self.blocks)
+
     def common(self) -> int:
         """Positions that a step reads once for several rows."""
         return self.blocks.positions()

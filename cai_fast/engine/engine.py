@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from cai_fast.engine import scoring
 from cai_fast.engine.attend import BLOCK
-from cai_fast.engine.cache import PageUse, round_up
+from cai_fast.engine.cache import PageUse, SlotCache, round_up
 from cai_fast.engine.graphs import BURST, Graphs, batch_bucket, context_bucket
-from cai_fast.engine.pages import make_cache
+from cai_fast.engine.pages import plan_cache
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.requests import Completion, Sampling, Tree
 from cai_fast.engine.rows import Ended, Rows
@@ -54,6 +54,8 @@ class Engine:
     half of the free memory. Requests wait while pages are short; InputError if one of max_len would never fit.
     pipelined (by default on CUDA): decode steps are replayed from CUDA graphs, one per bucket of rows and of positions,
     and queued in bursts, whose flags are read when the next burst is under way.
+    shared_decode: rows behind one handle of 512 tokens or more attend to it together; by default where that has been
+    measured to be faster: with slots on a CPU, not (yet) with pages.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         num_pages: int | None = None,
         longest_first: bool = True,
         pipelined: bool | None = None,
+        shared_decode: bool | None = None,
     ) -> None:
         limit = model.config.max_position_embeddings
         if max_batch < 1 or prefill_tokens < 1 or not 1 <= max_len <= limit:
@@ -80,7 +83,7 @@ class Engine:
         self.model, self.max_batch, self.max_len, self.prefill_tokens = model, max_batch, max_len, prefill_tokens
         self.deterministic, self.longest_first = deterministic, longest_first
         self._trunk = Trunk(model, deterministic, prefill_tokens)
-        self._cache = make_cache(
+        self._plan = plan_cache(
             model.config,
             weight,
             rows=max_batch,
@@ -88,6 +91,7 @@ class Engine:
             page_size=page_size,
             num_pages=num_pages,
             fixed=deterministic,
+            shared_decode=shared_decode,
         )
         self._stops = None if tokenizer is None else StopStrings(tokenizer, model.config.vocab_size)
         self._slots = round_up(max_batch, BLOCK)  # rows of the decode state: every padded batch fits
@@ -95,6 +99,15 @@ class Engine:
         self._epoch = 0
         self._pipelined = weight.is_cuda if pipelined is None else pipelined
         self._graphs, self._state = Graphs(weight.device), None
+
+    @cached_property
+    def _cache(self) -> SlotCache:
+        """Made when something is generated: an engine that only scores needs none."""
+        return self._plan()
+
+    def _forget(self, version: tuple[int, ...]) -> None:
+        if "_cache" in self.__dict__:
+            self._cache.forget(version)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -111,7 +124,7 @@ class Engine:
     def invalidate(self) -> None:
         """Declare that the model's weights changed: every prefix handle made so far becomes an error."""
         self._epoch += 1
-        self._cache.forget(self._version())
+        self._forget(self._version())
 
     def _version(self) -> tuple[int, ...]:
         """Changes with `invalidate` and with every in-place update of a parameter that autograd counts."""
@@ -119,7 +132,7 @@ class Engine:
 
     def _check_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
         version = self._version()
-        self._cache.forget(version)
+        self._forget(version)
         if any(prefix is not None and prefix.version != version for prefix in prefixes):
             raise InputError("engine: a prefix handle was made with other weights; make it again with Engine.prefix")
 
@@ -367,7 +380,7 @@ class Engine:
         batch, width = self.max_batch, cache.width(self.max_len)
         if not self.deterministic:
             batch, width = batch_bucket(count, batch), context_bucket(cache.width(rows.width()), width)
-        self._graphs.run((batch, width), version, partial(self._step, rows.state, batch, width))
+        self._graphs.run((batch, width, cache.variant), version, partial(self._step, rows.state, batch, width))
         self._count_step(rows, count, batch, width)
 
     def _step(self, state: DecodeState, batch: int, width: int) -> None:
