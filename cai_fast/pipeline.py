@@ -140,6 +140,7 @@ class Context:
             page_size=None if settings.page_size < 0 else settings.page_size,
             num_pages=settings.num_pages or None,
             longest_first=settings.longest_first,
+            shared_decode=None if settings.shared_decode == "auto" else settings.shared_decode,
         )
         self.engines.add(engine)
         return engine
