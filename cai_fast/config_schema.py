@@ -198,8 +198,8 @@ class EngineConfig(Section):
     )
     longest_first: bool = opt(True, "start the sequences that may last longest first; else in their order", work=True)
     shared_decode: bool | str = opt(
-        "auto", "decode sequences behind one long few-shot block together; auto: with slots on a CPU", choices=("auto",),
-        work=True,
+        "auto", "decode sequences behind one long few-shot block together; auto: with slots on a CPU",
+        choices=("auto",), work=True,
     )  # fmt: skip
 
     def check_together(self, s: types.SimpleNamespace) -> None:
