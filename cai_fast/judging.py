@@ -127,10 +127,11 @@ class Judge:
         for q in questions:
             where = f"{q.comparison.id}/{q.number}/{q.order}"
             q.cot_drawn = [self.ctx.key_parts("label/cot", where, sample) for sample in samples]
-        # All at once and a question's samples in a row, so that each prompt is prefilled once.
+        # All at once: what a comparison's questions share, and each question's prompt, are prefilled once.
         asked = [(q, prompt) for q, prompt in zip(questions, rendered, strict=True) for _ in samples]
         keys = [rng.key(*parts) for q in questions for parts in q.cot_drawn]
-        completions = self.prefixes.generate([prompt for _, prompt in asked], self.spec, keys)
+        groups = [q.comparison.id for q, _ in asked]
+        completions = self.prefixes.generate([prompt for _, prompt in asked], self.spec, keys, groups=groups)
         answered = []
         for (question, prompt), completion in zip(asked, completions, strict=True):
             thought = self.renderer.finish(completion.token_ids, "cot")

@@ -5,7 +5,7 @@ from os.path import commonprefix  # of any sequences
 
 import torch
 
-from cai_fast.engine import Completion, Engine, Prefix, Sampling, token_tree
+from cai_fast.engine import Completion, Engine, Prefix, Sampling, Tree, token_tree
 from cai_fast.tokenizer import Options, Rendered
 
 
@@ -33,12 +33,17 @@ class Prefixes:
         *,
         after: Sequence[Prefix | None] | None = None,
         keep: bool = False,
+        groups: Sequence[Hashable] | None = None,
     ) -> list[Completion]:
         """One completion per rendered prompt, in order.
 
         after: a kept handle per prompt; the tokens that it and the prompt both begin with are not computed again.
+        groups (instead): what the prompts of one group share is computed once, as in `score`.
         """
-        starts = [self._start(r, kept) for r, kept in zip(rendered, after or [None] * len(rendered), strict=True)]
+        if groups is not None:
+            starts = self._branches(rendered, groups)
+        else:
+            starts = [self._start(r, kept) for r, kept in zip(rendered, after or [None] * len(rendered), strict=True)]
         prompts, handles = [ids for _, ids in starts], [handle for handle, _ in starts]
         return self.engine.generate(prompts, spec, keys=list(keys), prefix=handles, keep=keep, progress=self.progress)
 
@@ -48,6 +53,33 @@ class Prefixes:
         if shared <= len(r.prefix):
             return self.handle(r.prefix), r.ids
         return kept.cut(shared), r.ids[shared - len(r.prefix) :]
+
+    def _branches(
+        self, rendered: Sequence[Rendered], groups: Sequence[Hashable]
+    ) -> list[tuple[Prefix | None, list[int]]]:
+        """For each prompt the handle of all that it shares with others of its group, and the tokens after it."""
+        members: dict[tuple[tuple[int, ...], Hashable], list[int]] = {}
+        for index, (r, group) in enumerate(zip(rendered, groups, strict=True)):
+            members.setdefault((tuple(r.prefix), group), []).append(index)
+        level: list[tuple[Tree, Prefix | None]] = []
+        planned = []
+        for (prefix, _), indices in members.items():
+            tree, order = token_tree([rendered[index].ids for index in indices])
+            level.append((tree, self.handle(prefix)))
+            planned.append((indices, _leaves(tree), order))
+        before: dict[int, Prefix | None] = {}
+        while level:
+            before |= {id(tree): handle for tree, handle in level}
+            inner = [(tree, handle) for tree, handle in level if tree.children]
+            full = [(tree, handle) for tree, handle in inner if tree.token_ids]
+            made = self.engine.prefixes([tree.token_ids for tree, _ in full], [handle for _, handle in full])
+            own = {id(tree): handle for (tree, _), handle in zip(full, made, strict=True)}
+            level = [(child, own.get(id(tree), handle)) for tree, handle in inner for child in tree.children]
+        starts: dict[int, tuple[Prefix | None, list[int]]] = {}
+        for indices, leaves, order in planned:
+            for index, leaf in zip(indices, order, strict=True):
+                starts[index] = before[id(leaves[leaf])], leaves[leaf].token_ids
+        return [starts[index] for index in range(len(rendered))]
 
     def score(
         self, rendered: Sequence[Rendered], options: Options, groups: Sequence[Hashable]
@@ -85,3 +117,8 @@ class Prefixes:
         totals = torch.tensor([sum(row) for row in scored], dtype=torch.float64).view(len(rendered), len(sequences))
         mass = totals.logsumexp(1)
         return (totals - mass[:, None]).tolist(), mass.exp().tolist()
+
+
+def _leaves(tree: Tree) -> list[Tree]:
+    """Leaves of a tree, depth first."""
+    return [leaf for child in tree.children for leaf in _leaves(child)] if tree.children else [tree]

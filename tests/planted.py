@@ -37,6 +37,10 @@ class PlantedEngine:
         """A handle is the tokens themselves."""
         return list(token_ids)
 
+    def prefixes(self, token_ids: Sequence[Sequence[int]], after: Sequence[list[int] | None]) -> list[list[int]]:
+        """Handles behind handles."""
+        return [[*(before or []), *ids] for ids, before in zip(token_ids, after, strict=True)]
+
     def _text(self, prefix: Sequence[int] | None, ids: Sequence[int]) -> str:
         return self.renderer.tokenizer.decode([*(prefix or []), *ids])
 

@@ -13,6 +13,7 @@ from cai_fast.engine.cache import PageUse, SlotCache, round_up
 from cai_fast.engine.graphs import BURST, Graphs, batch_bucket, context_bucket
 from cai_fast.engine.pages import plan_cache
 from cai_fast.engine.prefix import Prefix
+from cai_fast.engine.request_queue import Request, make_requests
 from cai_fast.engine.requests import Completion, Sampling, Tree
 from cai_fast.engine.rows import Ended, Rows
 from cai_fast.engine.state import DecodeState
@@ -22,22 +23,6 @@ from cai_fast.errors import InputError
 from cai_fast.model import Model
 
 Progress = Callable[[int, Completion], None]
-
-
-class _Request:
-    """One prompt of a `generate` call."""
-
-    __slots__ = ("index", "key", "length", "prefix", "prompt", "sampling", "twin")
-
-    def __init__(self, index: int, prompt: list[int], sampling: Sampling, key: int, prefix: Prefix | None) -> None:
-        self.index, self.prompt, self.sampling, self.key, self.prefix = index, prompt, sampling, key, prefix
-        self.length = len(prompt) + (0 if prefix is None else len(prefix))
-        self.twin: int | None = None  # place, among those admitted with it, of an earlier request with this prompt
-
-    @property
-    def total(self) -> int:
-        """Positions reserved for it: the worst case."""
-        return self.length + self.sampling.max_new_tokens
 
 
 class Engine:
@@ -136,14 +121,33 @@ class Engine:
         if any(prefix is not None and prefix.version != version for prefix in prefixes):
             raise InputError("engine: a prefix handle was made with other weights; make it again with Engine.prefix")
 
+    def prefix(self, token_ids: Sequence[int], *, after: Prefix | None = None) -> Prefix:
+        """Compute a prompt prefix once; the handle serves `generate` and `score` until the weights change.
+
+        after: a handle that the tokens follow; the new one shares its keys.
+        """
+        return self.prefixes([token_ids], [after])[0]
+
     @torch.no_grad()
-    def prefix(self, token_ids: Sequence[int]) -> Prefix:
-        """Compute a prompt prefix once; the handle serves `generate` and `score` until the weights change."""
-        if not 0 < len(token_ids) <= self.max_len:
-            raise InputError(f"engine: a prefix has 1 to max_len {self.max_len} tokens, found {len(token_ids)}")
-        hidden, kvs = self._trunk.collect([token_ids], [[]])
-        self.counters["prefill_tokens"] += len(token_ids)
-        return Prefix(tuple(token_ids), (kvs[0],), hidden[-1].clone(), self._version())
+    def prefixes(self, token_ids: Sequence[Sequence[int]], after: Sequence[Prefix | None]) -> list[Prefix]:
+        """As `prefix`, for several at a time."""
+        self._check_prefixes(after)
+        begins = [Prefix((), (), None, self._version()) if handle is None else handle for handle in after]
+        for tokens, begin in zip(token_ids, begins, strict=True):
+            if not 0 < len(tokens) <= self.max_len - len(begin):
+                raise InputError(
+                    f"engine: a prefix has 1 to max_len {self.max_len} tokens, found {len(tokens)} after {len(begin)}"
+                )
+        made: list[Prefix] = []
+        for group in scoring.bins([len(tokens) for tokens in token_ids], self.prefill_tokens):
+            new = [token_ids[i] for i in group]
+            hidden, kvs = self._trunk.collect(new, [list(begins[i].stretches) for i in group])
+            self.counters["prefill_tokens"] += hidden.shape[0]
+            ends = hidden[self._trunk.tensor([len(tokens) for tokens in new]).cumsum(0) - 1]
+            for i, kv, end in zip(group, kvs, ends, strict=True):
+                tokens, stretches = (*begins[i].token_ids, *token_ids[i]), (*begins[i].stretches, kv)
+                made.append(Prefix(tokens, stretches, end.clone(), begins[i].version))
+        return made
 
     @torch.no_grad()
     def score(
@@ -199,7 +203,8 @@ class Engine:
         keys (see Prefix for the memory): of the prompt and of all tokens of the response but the last, or, where
         `deterministic`, of the prompt alone: a key computed in decoding has other last bits than one from a prefill.
         """
-        queue = requests = self._requests(prompts, sampling, keys, prefix)
+        queue = requests = make_requests(prompts, sampling, keys, prefix, self.max_len, self._stops is not None)
+        self._check_prefixes([r.prefix for r in requests])
         self.counters["prompt_tokens"] += sum(r.length for r in queue if r.sampling.max_new_tokens)
         done: dict[int, Completion] = {}
 
@@ -225,8 +230,8 @@ class Engine:
         return [done[i] for i in range(len(prompts))]
 
     def _run(
-        self, queue: list[_Request], finish: Callable[[list[tuple[int, Completion]]], None],
-        kept_of: list[_Request] | None,
+        self, queue: list[Request], finish: Callable[[list[tuple[int, Completion]]], None],
+        kept_of: list[Request] | None,
     ) -> None:  # fmt: skip
         """Admit requests from the queue's end and decode until all have finished; `kept_of`: all requests by their
         index, if handles are to be kept."""
@@ -234,7 +239,7 @@ class Engine:
         version = self._addresses(), *rows.state.version
         limit = self.max_batch
         while queue or len(rows):
-            ready: list[_Request] = []
+            ready: list[Request] = []
             patience = min(max(1, limit // 8), len(queue))  # free rows worth a prefill
             if queue and (not len(rows) or limit - len(rows) >= patience):
                 ready = self._reserve(queue, len(rows))
@@ -270,10 +275,10 @@ class Engine:
         """Where the weights are; an update in place leaves them there."""
         return tuple(p.data_ptr() for p in self.model.parameters()) if self._pipelined else ()
 
-    def _reserve(self, queue: list[_Request], start: int) -> list[_Request]:
+    def _reserve(self, queue: list[Request], start: int) -> list[Request]:
         """Take requests from the queue's end for the rows from `start` on, while there are rows and room."""
         first: dict[tuple[int, tuple[int, ...]], int] = {}
-        ready: list[_Request] = []
+        ready: list[Request] = []
         while queue and start + len(ready) < self.max_batch:
             r, n = queue[-1], len(ready)
             twin = first.setdefault((id(r.prefix), tuple(r.prompt)), n)
@@ -284,7 +289,7 @@ class Engine:
             ready.append(queue.pop())
         return ready
 
-    def _kept(self, rows: Rows, ended: list[Ended], requests: list[_Request]) -> dict[int, Prefix]:
+    def _kept(self, rows: Rows, ended: list[Ended], requests: list[Request]) -> dict[int, Prefix]:
         """Handles of the rows that are about to leave, by request."""
         kept, version = {}, self._version()
         for one in ended:
@@ -297,40 +302,7 @@ class Engine:
             kept[request.index] = Prefix((*shared.token_ids, *tokens), (*shared.stretches, own), None, version)
         return kept
 
-    def _requests(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: Sampling | Sequence[Sampling],
-        keys: Sequence[int] | None,
-        prefix: Prefix | Sequence[Prefix | None] | None,
-    ) -> list[_Request]:
-        """Check the arguments of `generate` and put them together."""
-        count = len(prompts)
-        samplings = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
-        prefixes = [prefix] * count if prefix is None or isinstance(prefix, Prefix) else list(prefix)
-        keys = list(range(count)) if keys is None else list(keys)
-        for name, values in (("sampling", samplings), ("keys", keys), ("prefix", prefixes)):
-            if len(values) != count:
-                raise InputError(f"engine: {name} has {len(values)} entries for {count} prompts")
-        self._check_prefixes(prefixes)
-        requests = [_Request(*r) for r in zip(range(count), prompts, samplings, keys, prefixes, strict=True)]
-        for r in requests:
-            if not r.prompt and (r.prefix is None or r.prefix.last_hidden is None):
-                raise InputError(
-                    f"engine: prompt {r.index} is empty; a prompt needs at least one token, except after a "
-                    "whole handle of Engine.prefix"
-                )
-            if r.total > self.max_len:
-                raise InputError(
-                    f"engine: prompt {r.index} has {r.length} tokens; with max_new_tokens "
-                    f"{r.sampling.max_new_tokens} that exceeds max_len {self.max_len}. Shorten the "
-                    "prompt, lower max_new_tokens or raise engine.max_len"
-                )
-            if r.sampling.stop_strings and self._stops is None:
-                raise InputError("engine: stop strings need a tokenizer; pass tokenizer= to Engine")
-        return requests
-
-    def _admit(self, rows: Rows, requests: list[_Request]) -> None:
+    def _admit(self, rows: Rows, requests: list[Request]) -> None:
         """Prefill requests into their rows and sample their first tokens; equal prompts are computed once."""
         at = rows.join(
             [r.index for r in requests],
@@ -350,7 +322,7 @@ class Engine:
                 self._cache.share(at.start + n, at.start + source, requests[n].length)
         rows.emit(at, self._trunk.logits(hidden[twins]))
 
-    def _prefill(self, requests: list[_Request], rows: list[int]) -> Tensor:
+    def _prefill(self, requests: list[Request], rows: list[int]) -> Tensor:
         """Write the prompts' keys and values into their rows -> [n, H]: what predicts each first token."""
         prompts, prefixes = [r.prompt for r in requests], [r.prefix for r in requests]
         for row, prefix in zip(rows, prefixes, strict=True):
