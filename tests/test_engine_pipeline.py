@@ -13,7 +13,7 @@ from test_engine_pages import SHARED, Cancelled, assert_close, assert_empty, wor
 from cai_fast.engine import Completion, Engine, Sampling, graphs, rows, state
 from cai_fast.engine.graphs import Graphs, batch_bucket, context_bucket
 from cai_fast.engine.pages import PagedCache
-from cai_fast.model import Model
+from cai_fast.model import Model, lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +89,24 @@ def test_a_weight_update_in_place_needs_no_new_graph(made: list[Recorder]) -> No
     model.lm_head.weight = torch.nn.Parameter(make_model(seed=2).lm_head.weight.detach().clone())  # it moved
     assert runner.generate(prompts, sampling) == engine(model).generate(prompts, sampling)
     assert len(made) > count
+
+
+def test_adapters_are_part_of_a_graph(made: list[Recorder]) -> None:
+    model, sampling, prompts = make_model(), Sampling(temperature=0, max_new_tokens=40), some_prompts(5)
+    model.rope_tables(torch.tensor([1023]))
+    lora.add_adapters(model, 4, 8.0, ("q_proj", "v_proj", "down_proj"), 0)
+    up = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(up) == 6
+    runner, seen, count = queued(model, page_size=16), [], 0
+    for step in range(3):
+        seen.append(runner.generate(prompts, sampling))
+        assert seen[-1] == engine(lora.merge(model)).generate(prompts, sampling)
+        count = count or len(made)
+        assert len(made) == count
+        with torch.no_grad():
+            for p in up:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+    assert seen[0] != seen[1] != seen[2]
 
 
 def test_longer_responses_and_new_stop_strings_make_new_graphs(model: Model, made: list[Recorder]) -> None:

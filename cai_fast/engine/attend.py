@@ -5,14 +5,17 @@ comes out there is zero.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cai_fast import kernels
 from cai_fast.engine.cache import SlotCache, band, round_up
+from cai_fast.engine.state import to_device
 from cai_fast.model import ModelConfig
-from cai_fast.model.attention import Attend
+from cai_fast.model.attention import Attend, Segments, attention_lse, segments
 
 # The CPU kernel works on blocks of query rows, and a row of a full block does not depend on the rest of the block.
 # So rows and keys are aligned to blocks by their absolute position and padded with zeros: a token's bits then do not
@@ -113,6 +116,52 @@ class ContextAttend:
             out = out.transpose(1, 2).flatten(0, 1)
             result.index_copy_(0, group.source, out.index_select(0, group.query_place))
         return result
+
+
+class ChainAttend:
+    """As `ContextAttend`, for the variable-length kernels of a GPU: a sequence's own tokens causally, then every
+    stretch of the contexts with all queries behind it as one segment, merged by log-sum-exp. One kernel a depth and
+    layer however lengths differ, and no stretch is copied for each sequence behind it. No sliding windows.
+    """
+
+    def __init__(
+        self,
+        lens: Sequence[int],
+        contexts: Sequence[list[Tensor]],
+        padding: int,
+        *,
+        store: Store | None,
+        device: torch.device,
+    ) -> None:
+        self.store, self.rows = store, sum(lens)
+        self.own = segments([n for n in (*lens, padding) if n], device)
+        starts = list(accumulate(lens, initial=0))
+        # By depth: the stretches there, the queries and keys of each, and the queries' rows in that order.
+        self.depths: list[tuple[list[Tensor], Segments, Segments, Tensor]] = []
+        for depth in range(max(map(len, contexts), default=0)):
+            stretches: dict[int, tuple[Tensor, list[int]]] = {}
+            for i, context in enumerate(contexts):
+                if depth < len(context) and context[depth].shape[3] and lens[i]:
+                    stretches.setdefault(id(context[depth]), (context[depth], []))[1].append(i)
+            if stretches:
+                behind = [members for _, members in stretches.values()]
+                rows = [row for members in behind for i in members for row in range(starts[i], starts[i] + lens[i])]
+                queries = segments([sum(lens[i] for i in members) for members in behind], device)
+                keys = segments([kv.shape[3] for kv, _ in stretches.values()], device)
+                index = to_device(rows, torch.int64, device)
+                self.depths.append(([kv for kv, _ in stretches.values()], queries, keys, index))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
+        if self.store is not None:
+            self.store(layer, k[: self.rows], v[: self.rows])
+        out, lse = attention_lse(q, k, v, self.own, self.own, causal=True)
+        for stretches, queries, keys, index in self.depths:
+            k, v = (torch.cat([kv[layer, i] for kv in stretches], 1).transpose(0, 1) for i in (0, 1))
+            part, part_lse = attention_lse(q[index], k, v, queries, keys, causal=False)
+            merged, merged_lse = kernels.merge_attention(out[index], lse[index], part, part_lse.contiguous())
+            out, lse = out.index_copy(0, index, merged), lse.index_copy(0, index, merged_lse)
+        return out
 
 
 class StoringAttend:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cai_fast.engine.attend import BLOCK, ContextAttend, DecodeAttend, Store, StoringAttend
+from cai_fast.engine.attend import BLOCK, ChainAttend, ContextAttend, DecodeAttend, Store, StoringAttend
 from cai_fast.engine.cache import SlotCache, round_up
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.state import to_device
 from cai_fast.model import Model
-from cai_fast.model.attention import packed_causal
+from cai_fast.model.attention import choose, packed_causal
 
 # As in model.decoder.Linear: MKL splits longer sums between threads, in a way that depends on the number of rows.
 WIDE = 512
@@ -59,6 +59,8 @@ class Trunk:
         """max_tokens: of one pass over packed prompts."""
         self.model, self.device, self.deterministic = model, model.device, deterministic
         self.max_tokens = max_tokens
+        # Where the kernels for variable lengths can be had; they know no windows over several stretches.
+        self.chained = model.config.max_window is None and choose(self.device.type, model.dtype) != "sdpa"
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._multiple = BLOCK
         if deterministic and self.device.type == "cpu":
@@ -97,6 +99,8 @@ class Trunk:
         if self.device.type == "cuda" and not any(contexts):
             plain = packed_causal(config, [*lens, padding], cu, self.model.head_weight)
             attend = plain if store is None else StoringAttend(plain, lambda i, k, v: store(i, k[:total], v[:total]))
+        elif self.chained:
+            attend = ChainAttend(lens, contexts, padding, store=store, device=self.device)
         else:
             attend = ContextAttend(config, lens, contexts, store=store, device=self.device)
         hidden = self.model.hidden(self.tensor(flat), self.tensor(positions + [0] * padding), cu, attend=attend)

@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,58 @@ class _Varlen:
         left = -1 if window is None else window - 1
         cu, longest = self.cu, self.max_len
         return self.kernel(q, k, v, cu, cu, longest, longest, window_size=(left, 0), **self.extra)
+
+
+class Segments(NamedTuple):
+    """Lengths of packed segments on the host, and where they begin, [S+1] int32, on the device."""
+
+    lens: list[int]
+    cu: Tensor
+
+
+def segments(lens: Sequence[int], device: torch.device) -> Segments:
+    """Segments of these lengths."""
+    cu = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Segments(list(lens), cu if device.type == "cpu" else cu.pin_memory().to(device, non_blocking=True))
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed query segments q [T, Hq, D], each to its segment of k and v [K, Hkv, D]; no gradient.
+
+    Returns out [T, Hq, D] and the log-sum-exp [T, Hq] fp32 of the scaled scores, by which parts can be merged. causal:
+    query i of a segment sees keys 0..i (segments of equal length). No key segment is empty.
+    """
+    name = choose(q.device.type, q.dtype)
+    if name == "sdpa":
+        return _lse_by_segment(q, k, v, q_segments.lens, k_segments.lens, causal)
+    cu, longest = (q_segments.cu, k_segments.cu), (max(q_segments.lens), max(k_segments.lens))
+    if name == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        out, lse, _ = flash_attn_varlen_func(q, k, v, *cu, *longest, causal=causal, return_attn_probs=True)
+        return out, lse.transpose(0, 1)
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters and q.shape[1] != k.shape[1]
+    extra = {"enable_gqa": True} if grouped else {}
+    window = (-1, 0) if causal else (-1, -1)
+    out, lse = varlen_attn(q, k, v, *cu, *longest, return_aux=AuxRequest(lse=True), window_size=window, **extra)
+    return out, lse.transpose(0, 1)  # [Hq, T], whatever its documentation says
+
+
+def _lse_by_segment(
+    q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    group, outs, lses = q.shape[1] // k.shape[1], [], []
+    for qs, ks, vs in zip(*(x.split(list(n)) for x, n in ((q, q_lens), (k, k_lens), (v, k_lens))), strict=True):
+        score = torch.einsum("qhd,khd->hqk", qs.float(), ks.float().repeat_interleave(group, 1)) * q.shape[-1] ** -0.5
+        if causal:
+            score = score.masked_fill(torch.ones_like(score[0], dtype=torch.bool).triu(1), -torch.inf)
+        lses.append(score.logsumexp(-1).T)
+        outs.append(torch.einsum("hqk,khd->qhd", score.softmax(-1), vs.float().repeat_interleave(group, 1)).to(q.dtype))
+    return torch.cat(outs), torch.cat(lses)
 
 
 class _Sdpa:
