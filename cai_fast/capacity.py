@@ -127,6 +127,8 @@ def page_size(engine: EngineConfig, model: ModelConfig, room: int, cuda: bool) -
 def pool(engine: EngineConfig, model: ModelConfig, width: int, work: Work, free: int | None) -> Pool:
     """The cache of one engine for `work`. free: bytes of the GPU that are not taken when it is made; None on a CPU."""
     rows, per_token = engine.max_batch, token_bytes(model, width)
+    if not work.phases:  # an engine that only scores has no cache
+        return Pool(False, 0, 1, per_token, rows)
     size = page_size(engine, model, work.room, free is not None)
     if not size:
         positions = round_up(work.room, WIDTH_STEP)

@@ -85,7 +85,7 @@ def _cache_lines(planner: "Planner") -> list[str]:
     """The table of the engines' caches."""
     head = f"{'KV cache':20}{'rows':>6}{'longest':>9}  {'pages':24}"
     lines = [head + f"{'MiB each':>9}{'shared':>8}{'in use':>8}{'GiB':>9}"]
-    for stage, work in ((s, w) for s, works in planner.works.items() for w in works):
+    for stage, work in ((s, w) for s, works in planner.works.items() for w in works if w.phases):
         pool = planner.pool(stage, work)
         name = work.name if work.engines == 1 else f"{work.name} (each of {work.engines})"
         pages = f"{pool.pages:,} {'pages' if pool.paged else 'slots'} of {pool.size}"

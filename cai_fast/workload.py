@@ -197,16 +197,16 @@ def _label(config: Config, renderer: Renderer, pairs: int, *, measuring: bool = 
     question = frame([render(_TURNS, "x", "x", p, shot) for p in principles for shot in shots], len(options.suffix))
     own, questions = prompt + 2 * answer + question.words, pairs * asked
     phases: tuple[Phase, ...] = ()
-    leaf = 0
+    # The questions of a pair under one few-shot block are a tree that begins with the conversation.
+    trees = min(cfg.principles, max(1, len(question.blocks)))
+    scored = pairs * trees * prompt + questions * (own - prompt)
     if cfg.cot:
         samples = questions * cfg.cot_samples
         at_once = samples * min(cfg.chunk, pairs) // max(1, pairs)
-        phases = (Phase(samples, at_once, question.block + own, thought, questions * own, question.block),)
-        leaf = cfg.cot_samples * (thought + len(renderer.cot_answer_suffix()))
-    # The questions of a pair under one few-shot block are a tree that begins with the conversation.
-    trees = min(cfg.principles, max(1, len(question.blocks)))
-    scored = pairs * trees * prompt + questions * (own - prompt + leaf)
+        phases = (Phase(samples, at_once, question.block + own, thought, scored, question.block),)
+        scored += samples * (thought + len(renderer.cot_answer_suffix()))
     if options.sequences:  # whole options are scored, each after the whole prompt
+        leaf = cfg.cot_samples * (thought + len(renderer.cot_answer_suffix())) if cfg.cot else 0
         scored = sum(questions * (question.block + own + leaf + len(ids)) for ids in options.sequences)
     room = _room(config, renderer, 2 * answer, thought)
     return Work("label", "judge", room, phases, question.blocks, scored)
