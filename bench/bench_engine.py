@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ class ForcedStop:
         return scores
 
 
+@dataclass(frozen=True)
+class Ours:
+    """A work of ours, with the engine that does it."""
+
+    engine: Engine
+    work: Callable[[Any], Any]
+
+    def __call__(self, value: Any) -> Any:
+        return self.work(value)
+
+    def counted(self) -> dict[str, float]:
+        """The engine's work so far: GEMM rows that were padding, and trunk tokens over those of the
+        prompts and responses, each computed once (less, because a response's last token is no input)."""
+        counts = self.engine.counters
+        fewest = counts["prefill_tokens"] + counts["generated_tokens"]
+        return {"padding": counts["padding_tokens"], "trunk over minimum": round(counts["trunk_tokens"] / fewest, 4)}
+
+
+def counted(contest: Contest) -> dict[str, dict[str, float]]:
+    """What our engines did in a contest."""
+    return {name: work.counted() for name, work in contest.works.items() if isinstance(work, Ours)}
+
+
 def ours(
     model: Model, prompts: list[list[int]], lengths: list[int], deterministic: bool = False
 ) -> Callable[[Any], None]:
@@ -73,7 +97,7 @@ def ours(
         done = engine.generate(prompts, samplings)
         assert [len(c.token_ids) for c in done] == lengths
 
-    return work
+    return Ours(engine, work)
 
 
 def generate(model: Any, prompts: list[list[int]], lengths: list[int]) -> Callable[[Any], None]:
@@ -178,8 +202,9 @@ def main() -> None:
             if options.only not in contest.name:
                 continue
             result = measure(contest, device, float("inf"), rounds=options.rounds, memory=False)
+            result["work"] = counted(contest)
             report["contests"].append(corrected(result, contest, model.config.vocab_size, device))
-            print(table(result), flush=True)
+            print(table(result), result["work"], sep="\n", flush=True)
             for title, speedups in result.items():
                 if title.startswith("speedup"):
                     print(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in speedups.items()))

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench.bench_engine import models, prompts_of, workloads
+from bench.bench_engine import DETERMINISTIC, Ours, counted, models, prompts_of, workloads
 from bench.contest import OURS, Contest, Outputs, measure, table
 from bench.environment import RESULTS, environment
 from cai_fast.engine import Engine, Prefix, Sampling, Tree
@@ -37,6 +37,7 @@ from cai_fast.model import Model
 
 STRAIGHT, AGAIN = "padded, sorted, last logit", "generate, prefilled anew"
 OPTIONS = (5, 6)  # the two answer tokens
+MODES = OURS, DETERMINISTIC
 BATCH = 32
 PRINCIPLES = (1, 4, 16)
 
@@ -116,12 +117,12 @@ def straightforward(model: Any) -> Callable[[Any], Outputs]:
 
 def tree_scores(engine: Engine) -> Callable[[Any], Outputs]:
     options = torch.tensor(OPTIONS)[:, None]
-    return lambda part: {"logprob": engine.score(part[1], options).cpu()}
+    return Ours(engine, lambda part: {"logprob": engine.score(part[1], options).cpu()})
 
 
 def judging(model: Model, theirs: Any, comparisons: int, rounds: int) -> Iterator[Contest]:
     asked, principles = questions(model.config.vocab_size, comparisons)
-    engine = Engine(model, max_batch=1, max_len=4096, deterministic=model.device.type == "cpu")
+    engines = {name: Engine(model, max_batch=1, max_len=4096, deterministic=name != OURS) for name in MODES}
     for count in PRINCIPLES:
         for last in (False, True):
             parts = [
@@ -133,7 +134,7 @@ def judging(model: Model, theirs: Any, comparisons: int, rounds: int) -> Iterato
             where = "last" if last else "first"
             yield Contest(
                 "judging", f"{len(asked)} x {count} principles x 2 orders, principle {where}, {tokens / shared:.3f}",
-                parts, {STRAIGHT: straightforward(theirs), OURS: tree_scores(engine)}, STRAIGHT,
+                parts, {STRAIGHT: straightforward(theirs), **{n: tree_scores(e) for n, e in engines.items()}}, STRAIGHT,
                 exact=lambda part: {n: v.double() for n, v in straightforward(theirs)(part).items()},
             )  # fmt: skip
 
@@ -188,7 +189,7 @@ def continued_chains(engine: Engine, chains: Chains) -> Callable[[Any], None]:
 
         chains.round(say)
 
-    return work
+    return Ours(engine, work)
 
 
 def repeated_chains(model: Any, chains: Chains) -> Callable[[Any], None]:
@@ -211,11 +212,14 @@ def repeated_chains(model: Any, chains: Chains) -> Callable[[Any], None]:
 
 
 def chain_contests(model: Model, theirs: Any, limit: int) -> Iterator[Contest]:
-    first, second, counted = (Chains(model.config.vocab_size, limit) for _ in range(3))
-    engine = Engine(model, max_batch=BATCH, max_len=first.room, deterministic=model.device.type == "cpu")
-    size = f"{len(first.prompts)} behind {len(first.few_shot)} few-shot tokens"
-    works = {AGAIN: repeated_chains(theirs, first), OURS: continued_chains(engine, second)}
-    yield Contest("chains", f"{size}, {counted.bound():.3f}", [None], works, AGAIN)
+    vocab = model.config.vocab_size
+    first = Chains(vocab, limit)
+    size = f"{len(first.prompts)} behind {len(first.few_shot)} few-shot tokens, {Chains(vocab, limit).bound():.3f}"
+    works = {AGAIN: repeated_chains(theirs, first)}
+    for name in MODES:
+        engine = Engine(model, max_batch=BATCH, max_len=first.room, deterministic=name != OURS)
+        works[name] = continued_chains(engine, Chains(vocab, limit))
+    yield Contest("chains", size, [None], works, AGAIN)
 
 
 def main() -> None:
@@ -240,15 +244,19 @@ def main() -> None:
                 continue
             rounds = options.rounds if len(contest.inputs) > 1 else min(5, options.rounds)
             result = measure(contest, device, math.inf, rounds=rounds, memory=False, clock=time.process_time)
-            rows = result["contestants"]
-            times = [rows[name]["rounds"] for name in (contest.baseline, OURS)]
-            result["gain"] = sum(times[0]) / sum(times[1])
-            result["median gain"] = statistics.median(a / b for a, b in zip(*times, strict=True))
+            times = {name: row["rounds"] for name, row in result["contestants"].items()}
+            theirs_times = times.pop(contest.baseline)
+            result["work"] = counted(contest)
+            result["gain"] = {name: sum(theirs_times) / sum(t) for name, t in times.items()}
+            ratios = {name: [a / b for a, b in zip(theirs_times, t, strict=True)] for name, t in times.items()}
+            result["median gain"] = {name: statistics.median(r) for name, r in ratios.items()}
             result["bound"] = float(contest.size.rpartition(" ")[2])
             report["contests"].append(result)
             print(table(result), flush=True)
-            print(f"gain {result['gain']:.2f} (median of rounds {result['median gain']:.2f}) of {result['bound']:.2f} "
-                  "that the token counts allow", flush=True)  # fmt: skip
+            for name, gain in result["gain"].items():
+                median, bound = result["median gain"][name], result["bound"]
+                print(f"{name}: {gain:.2f} times (median {median:.2f} of rounds), token counts allow {bound:.2f}")
+                print(f"{'':10}{result['work'][name]}", flush=True)
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}")
 
