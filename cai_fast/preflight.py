@@ -60,6 +60,11 @@ def _check_pages(config: Config) -> None:
     for work in (work for works_of_stage in works.values() for work in works_of_stage):
         model, where = plan.shape(config.role(work.role)).config, f"stage {work.name}, {work.room} tokens"
         size = capacity.page_size(engine, model, work.room, gpu)
+        if engine.num_pages and not size:
+            raise InputError(
+                f"engine.num_pages = {engine.num_pages} is for pages, but stage {work.name} has slots here. Leave it out, "
+                "or set engine.page_size."
+            )
         if size and model.max_window is not None and model.max_window < work.room:
             raise InputError(
                 f"engine.page_size = {size}: model.{work.role} has a sliding window of {model.max_window} tokens, less "

@@ -117,12 +117,12 @@ class Sampler:
         prompts, samples = self.stream.take(step * count, count), range(self.cfg.samples_per_prompt)
         return [Item(n, p, v, s) for n, ((p, v), s) in enumerate(itertools.product(prompts, samples))]
 
-    def answer(self, items: list[Item], stage: str, step: int = 0) -> Answers:
+    def answer(self, items: list[Item], stage: str, step: int) -> Answers:
         """This rank's share of the answers, whoever sampled them. Collective."""
         dist, total = self.ctx.dist, len(items)
         self.engine.invalidate()  # the weights may have changed since the last call
         done = self.generate(items, stage, f"{stage}/{step}")
-        share = slice(total * dist.rank // dist.world, total * (dist.rank + 1) // dist.world)
+        share = slice(self._bound(items, dist.rank), self._bound(items, dist.rank + 1))
         mine, done = items[share], done[share]
         finished = [self.renderer.finish(c.token_ids, "response") for c in done]
         # An answer that was cut off must not look finished to the preference model.
@@ -131,6 +131,12 @@ class Sampler:
             for f, c in zip(finished, done, strict=True)
         ]
         return Answers(mine, total, done, finished, self.score(mine, finished))
+
+    def _bound(self, items: list[Item], rank: int) -> int:
+        """Where the share of a rank begins: never between a prompt's samples, which are scored as one group."""
+        prompts = sorted({item.number - item.sample for item in items})
+        at = len(prompts) * rank // self.ctx.dist.world
+        return prompts[at] - items[0].number if at < len(prompts) else len(items)
 
     def generate(self, items: list[Item], stage: str, name: str) -> list[Completion]:
         """A completion for every item, in their order, on every rank: ranks pull pieces of the list called `name`, and
@@ -168,4 +174,4 @@ class Sampler:
     def standardisation(self) -> tuple[float, float]:
         """(mean, deviation) of the scores of a first sample of SL-CAI's answers."""
         items = [Item(n, p, v, 0) for n, (p, v) in enumerate(self.stream.take(0, STANDARDISE_SAMPLES))]
-        return losses.standardisation(self.answer(items, "rl/standardise").scores, self.ctx.dist)
+        return losses.standardisation(self.answer(items, "rl/standardise", 0).scores, self.ctx.dist)

@@ -47,19 +47,8 @@ def _dense_chunked(
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
-def _without_pages_before(
-    starts: Tensor, block_table: Tensor, seq_lens: Tensor, page: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(starts, block_table, seq_lens) of the same keys, counted from the first page that holds one. One host read."""
-    seq_lens = seq_lens.clamp(max=block_table.shape[1] * page)
-    skipped = starts.clamp_min(0) // page
-    width = max([0, *(-(-seq_lens // page) - skipped).tolist()])
-    column = (skipped[:, None] + torch.arange(width, device=skipped.device)).clamp_(max=block_table.shape[1] - 1)
-    return starts - skipped * page, block_table.gather(1, column), seq_lens - skipped * page
-
-
-def _gathered(dense: Callable, *, skip: bool) -> Callable:
-    """`dense` attention over the pages gathered into one tensor per sequence; skip: on a CPU, those that count."""
+def _gathered(dense: Callable) -> Callable:
+    """`dense` attention over the pages gathered into one tensor per sequence."""
 
     def attention(
         query: Tensor,
@@ -71,8 +60,6 @@ def _gathered(dense: Callable, *, skip: bool) -> Callable:
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulate_dtype(query.dtype)
-        if skip and starts is not None and query.device.type == "cpu":
-            starts, block_table, seq_lens = _without_pages_before(starts, block_table, seq_lens, k_pages.shape[2])
         table = block_table.clamp_min(0).long()
         gathered = (pages[table].transpose(1, 2).flatten(2, 3) for pages in (k_pages, v_pages))
         # Of pages of one token `flatten` makes a view, and a product's bits would depend on the number of sequences.
@@ -84,8 +71,8 @@ def _gathered(dense: Callable, *, skip: bool) -> Callable:
 
 
 _IMPLEMENTATIONS = {
-    "reference": _gathered(_dense_reference, skip=False),
-    "chunked": _gathered(_dense_chunked, skip=True),
+    "reference": _gathered(_dense_reference),
+    "chunked": _gathered(_dense_chunked),
     "triton": lazy_triton("attention", "paged_attention"),
 }
 

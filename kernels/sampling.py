@@ -84,7 +84,9 @@ def _sample_torch(
         z = z / temperature
     logp = z.log_softmax(-1)
     if truncate:
-        logp = _truncate(logp, top_k, top_p)
+        off = (torch.as_tensor(top_k) <= 0) & (torch.as_tensor(top_p) >= 1)
+        # A row that is not cut keeps its bits beside rows that are.
+        logp = torch.where(off.reshape(-1, 1).to(logp.device), logp, _truncate(logp, top_k, top_p))
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
     total = cdf[:, -1]
     if logits.device.type == "cpu" and not torch.isfinite(total).all():

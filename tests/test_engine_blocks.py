@@ -160,5 +160,5 @@ def test_planted_fault_is_noticed(
 
 def unpadded(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As many query rows as there are, and no more."""
-    out, lse = blocks.attention_lse(*(x.transpose(0, 1)[None] if x is q else x[None] for x in (q, keys, values)))
+    out, lse = blocks.sdpa_lse(*(x.transpose(0, 1)[None] if x is q else x[None] for x in (q, keys, values)))
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)

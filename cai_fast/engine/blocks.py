@@ -20,7 +20,7 @@ MIN_SHARED = 512
 QUERIES = 32
 
 
-def attention_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q [n, Hq, L, D], k and v [n, Hkv, K, D], mask [n, 1, 1, K] -> (out [n, Hq, L, D], lse [n, Hq, L])."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
 
@@ -34,7 +34,7 @@ def block_attention(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
     q = F.pad(q, (0, 0, 0, 0, 0, blocks * rows - n)).view(blocks, rows, keys.shape[0], group, size)
     # The query heads of a kv head are further rows of the same product.
     folded = q.transpose(1, 2).reshape(blocks, keys.shape[0], rows * group, size)
-    out, lse = attention_lse(folded, *(x.expand(blocks, -1, -1, -1) for x in (keys, values)))
+    out, lse = sdpa_lse(folded, *(x.expand(blocks, -1, -1, -1) for x in (keys, values)))
     out = out.unflatten(2, (rows, group)).transpose(1, 2).reshape(blocks * rows, heads, size)
     return out[:n], lse.unflatten(2, (rows, group)).transpose(1, 2).reshape(blocks * rows, heads)[:n]
 

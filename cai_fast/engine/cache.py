@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cai_fast.engine.blocks import Blocks, attention_lse, shared_stretch
+from cai_fast.engine.blocks import Blocks, sdpa_lse, shared_stretch
 from cai_fast.engine.prefix import Prefix
 
 # A masked key contributes exactly zero, so a wider window changes no bit as long as its width is a
@@ -74,6 +74,7 @@ class SlotCache:
 
     def vacate(self, rows: slice) -> None:
         """Rows that nobody is in any more: what a padded batch writes to them goes where nobody reads."""
+        self.blocks.skip[rows] = 0
 
     def release(self, rows: Iterable[int]) -> None:
         """Give back what the rows hold."""
@@ -139,7 +140,7 @@ class SlotCache:
         return bool(self.blocks)
 
     def common(self) -> int:
-        """Positions that a step reads once for several rows."""
+        """Positions that a step reads once for several rows; O(rows)."""
         return self.blocks.positions()
 
     def width(self, longest: int) -> int:
@@ -160,7 +161,7 @@ class SlotCache:
         def attention(layer: int, window: int | None, q: Tensor) -> Tensor:
             keys, values = self.kv[layer, :, :n, :, :width]
             if self.blocks:
-                own, lse = attention_lse(q[:, :, None], keys, values, masks[window])
+                own, lse = sdpa_lse(q[:, :, None], keys, values, masks[window])
                 return self.blocks.merge(layer, q, own.squeeze(2), lse.squeeze(2))
             grouped = q.shape[1] != self.kv_heads
             return F.scaled_dot_product_attention(

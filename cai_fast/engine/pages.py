@@ -57,7 +57,7 @@ class PagedCache(SlotCache):
         self._rows: dict[int, list[int]] = {}
         # By the first stretch's id: the stretch, the weights it was made with, its full pages.
         self._prefixes: dict[int, tuple[ref[Tensor], tuple[int, ...], list[int]]] = {}
-        self.tiles = Tiles(rows, shape[1], page_size, like.device) if tiled else None
+        self.tiles = Tiles(rows, shape[1], page_size, like.device, every=fixed) if tiled else None
 
     def _take(self, count: int) -> list[int]:
         pages = [self._free.pop() for _ in range(count)]
@@ -251,6 +251,7 @@ def plan_cache(
     shared_decode: bool | None,
 ) -> Callable[[], SlotCache]:
     """What makes the cache of an engine with `rows` rows, on `like`'s device and in its type; arguments: see `Engine`.
+    Its size is settled when it is made: until then other models and engines may take memory.
 
     A sliding window shorter than `max_len` needs slots: the default falls back to them, a page size is an InputError.
     """
@@ -262,6 +263,10 @@ def plan_cache(
             f"engine: page_size {page_size} must be >= 0, and 0 (slots) for a model whose sliding window is shorter "
             f"than max_len {max_len}: attention to pages has no window"
         )
+    if num_pages is not None and not page_size:
+        raise InputError(f"engine: num_pages {num_pages} is for pages, but page_size 0 means slots")
+    if shared_decode and (config.max_window is not None or cuda and not page_size):
+        raise InputError("engine: shared_decode needs a model without sliding windows, and pages on a GPU")
     if not page_size:
         positions = round_up(max_len, WIDTH_STEP)
         share = shared_decode is not False and like.device.type == "cpu" and config.max_window is None
@@ -269,13 +274,23 @@ def plan_cache(
         return partial(SlotCache, *shape, like, share)
     needed = -(-max_len // page_size)
     page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * like.element_size() * page_size
-    if num_pages is None:
+
+    def make() -> SlotCache:
         # More could never be in use at once: a shared page takes the place of one of a row that shares it.
-        num_pages = min(rows * needed, _memory(like.device) // page_bytes) if cuda else rows * needed
-    if num_pages < needed:
-        raise InputError(
-            f"engine: {num_pages} pages of {page_size} tokens ({page_bytes / 2**20:.3g} MiB each) do not hold one "
-            f"request of max_len {max_len}, which needs {needed}. Lower engine.max_len or free memory"
+        most = rows * needed
+        pages = num_pages or (min(most, _memory(like.device) // page_bytes) if cuda else most)
+        _check_room(pages)
+        return PagedCache(
+            config, pages, page_size, like, rows=rows, max_len=max_len, fixed=fixed, tiled=bool(shared_decode)
         )
-    tiled = bool(shared_decode)
-    return partial(PagedCache, config, num_pages, page_size, like, rows=rows, max_len=max_len, fixed=fixed, tiled=tiled)
+
+    def _check_room(pages: int) -> None:
+        if pages < needed:
+            raise InputError(
+                f"engine: {pages} pages of {page_size} tokens ({page_bytes / 2**20:.3g} MiB each) do not hold one "
+                f"request of max_len {max_len}, which needs {needed}. Lower engine.max_len or free memory"
+            )
+
+    if num_pages is not None:
+        _check_room(num_pages)
+    return make

@@ -10,20 +10,23 @@ from torch import Tensor
 from cai_fast.engine.state import to_device
 
 ROWS = 16  # rows of a tile: with 4 to 8 query heads a kv head, 64 to 128 rows of a matrix product
-PREFIXES = 16  # prefixes shared at once; rows behind further ones attend to their pages by themselves
+PREFIXES = 16  # shared at once, unless every row's bits must be the same in any company
 
 
 class Tiles:
     """tables [G, P], lengths [G], tile_group [N], tile_rows [N, R] and starts [rows] of the kernels."""
 
-    def __init__(self, rows: int, pages: int, page_size: int, device: torch.device) -> None:
-        """pages: of the longest request."""
-        self.page_size, self.rows, self.pages, self.count = page_size, rows, pages, -(-rows // ROWS) + PREFIXES
+    def __init__(self, rows: int, pages: int, page_size: int, device: torch.device, *, every: bool) -> None:
+        """pages: of the longest request; every: no prefix is left out, though there be one for each row. Else rows
+        behind more than PREFIXES attend to their pages by themselves."""
+        self.page_size, self.rows, self.pages = page_size, rows, pages
+        self.prefixes = rows if every else min(rows, PREFIXES)
+        self.count = -(-rows // ROWS) + self.prefixes
         # One tensor, so that a change is one copy.
-        sizes = [PREFIXES * pages, PREFIXES, self.count, self.count * ROWS, rows]
+        sizes = [self.prefixes * pages, self.prefixes, self.count, self.count * ROWS, rows]
         self._all = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         tables, self.lengths, self.tile_group, tile_rows, self.starts = self._all.split(sizes)
-        self.tables, self.tile_rows = tables.view(PREFIXES, pages), tile_rows.view(self.count, ROWS)
+        self.tables, self.tile_rows = tables.view(self.prefixes, pages), tile_rows.view(self.count, ROWS)
         self.tile_group.fill_(-1)
         self._of: dict[int, list[int]] = {}  # row -> full pages of its shared prefix
         self._stale = False
@@ -57,11 +60,11 @@ class Tiles:
         members: dict[int, list[int]] = {}
         for row, pages in self._of.items():
             members.setdefault(id(pages), []).append(row)
-        tables = [[0] * self.pages for _ in range(PREFIXES)]
-        lengths, starts = [0] * PREFIXES, [0] * self.rows
+        tables = [[0] * self.pages for _ in range(self.prefixes)]
+        lengths, starts = [0] * self.prefixes, [0] * self.rows
         groups, tiles = [-1] * self.count, [[-1] * ROWS for _ in range(self.count)]
         tile = 0
-        for group, rows in enumerate(list(members.values())[:PREFIXES]):
+        for group, rows in enumerate(list(members.values())[: self.prefixes]):
             pages = self._of[rows[0]]
             tables[group][: len(pages)] = pages
             lengths[group] = len(pages) * self.page_size
