@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,32 +133,44 @@ def forced_stop_seconds(rows: int, steps: int, vocab: int, device: torch.device)
     return time.perf_counter() - start
 
 
-def continuous_batching(model: Any, prompts: list[list[int]], lengths: list[int]) -> Callable[[Any], None]:
-    """transformers' own engine: paged cache, requests join and leave a running batch."""
+@contextmanager
+def batching_manager(model: Any, longest: int) -> Iterator[Any]:
+    """transformers' own engine, running: paged cache, requests join and leave a batch; no response ends by itself."""
     from transformers import GenerationConfig
     from transformers.generation import ContinuousBatchingConfig
 
-    config = GenerationConfig(do_sample=True, max_new_tokens=max(lengths), pad_token_id=0, eos_token_id=-1)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=longest, pad_token_id=0, eos_token_id=-1)
     options = {"num_blocks": CACHE_BLOCKS} if model.device.type == "cpu" else {}
+    settings = ContinuousBatchingConfig(seed=0, **options)
+    with (
+        torch.no_grad(),
+        model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=settings, block=True, timeout=5
+        ) as manager,
+    ):
+        yield manager
+
+
+def serve(manager: Any, prompts: list[list[int]], lengths: list[int]) -> None:
+    """Let it answer these prompts with as many tokens as asked for."""
+    got: dict[str, int] = {}
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        manager.add_request(prompt, request_id=str(i), max_new_tokens=length)
+    while len(got) < len(prompts):
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            got[result.request_id] = len(result.generated_tokens)
+        elif result is None and not manager.is_running():
+            raise RuntimeError("continuous batching stopped by itself")
+    assert [got[str(i)] for i in range(len(prompts))] == lengths
+
+
+def continuous_batching(model: Any, prompts: list[list[int]], lengths: list[int]) -> Callable[[Any], None]:
+    """A call of its own: the engine is started and stopped in it."""
 
     def work(_: Any) -> None:
-        settings = ContinuousBatchingConfig(seed=0, **options)
-        got: dict[str, int] = {}
-        with (
-            torch.no_grad(),
-            model.continuous_batching_context_manager(
-                generation_config=config, continuous_batching_config=settings, block=True, timeout=5
-            ) as manager,
-        ):
-            for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-                manager.add_request(prompt, request_id=str(i), max_new_tokens=length)
-            while len(got) < len(prompts):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    got[result.request_id] = len(result.generated_tokens)
-                elif result is None and not manager.is_running():
-                    raise RuntimeError("continuous batching stopped by itself")
-        assert [got[str(i)] for i in range(len(prompts))] == lengths
+        with batching_manager(model, max(lengths)) as manager:
+            serve(manager, prompts, lengths)
 
     return work
 

@@ -94,15 +94,15 @@ def tree_tokens(tree: Tree) -> int:
     return len(tree.token_ids) + sum(tree_tokens(child) for child in tree.children)
 
 
-def straightforward(model: Any) -> Callable[[Any], Outputs]:
+def straightforward(model: Any, batch: int = BATCH) -> Callable[[Any], Outputs]:
     options = torch.tensor(OPTIONS, device=model.device)
 
     @torch.no_grad()
     def work(part: tuple[list[list[int]], list[Tree]]) -> Outputs:
         prompts = part[0]
         order, result = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), torch.empty(len(prompts), 2)
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
             width = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])

@@ -143,13 +143,16 @@ def _rotating(work: Work, inputs: Sequence[Any]) -> Callable[[], object]:
     return lambda: work(next(turns))
 
 
+def known_ceilings(device: torch.device) -> tuple[float, float] | None:
+    """The entry of FLOORS for a device, None where there is none."""
+    name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else ""
+    return next((limits for part, limits in FLOORS.items() if part in name), None)
+
+
 def _floor(contest: Contest, device: torch.device) -> float | None:
     """Milliseconds that the device needs at least, None where its ceilings are not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_properties(device).name
-    known = [limits for part, limits in FLOORS.items() if part in name]
-    return max(contest.flops / known[0][0], contest.bytes / known[0][1]) * 1e3 if known else None
+    known = known_ceilings(device)
+    return max(contest.flops / known[0], contest.bytes / known[1]) * 1e3 if known else None
 
 
 def measure(

@@ -1,6 +1,6 @@
 """python -m bench.gpu_suite [--minutes 8] [--out DIR] [--only NAME]: what a GPU has to tell us, as one JSON file.
 
-Correctness first (the tests marked `gpu`), then the operations and the engine's questions in the order of importance,
+Correctness first (the tests marked `gpu`), then engine, operations and single questions in the order of importance,
 until the time is used up. Every section runs in a process of its own, because a CUDA error spoils its process. Without
 a GPU: one line, exit code 0.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench import bench_gpu_engine
 from bench.chart import draw
 from bench.contest import Contest, measure, table
 from bench.environment import RESULTS, ROOT, environment
@@ -42,6 +43,15 @@ def contest_section(contests: Iterable[Contest], device: torch.device) -> dict[s
     return {"contests": results}
 
 
+def engine_section(parts: Iterable[tuple[str, dict[str, object]]]) -> dict[str, object]:
+    """The measurements of a section of bench_gpu_engine, printed as they come."""
+    results: dict[str, object] = {}
+    for name, found in parts:
+        results[name] = found
+        print(MARK + json.dumps({"parts": results}), flush=True)
+    return {"parts": results}
+
+
 def sections() -> dict[str, Callable[[], dict[str, object]]]:
     """Name -> work, in the order of importance."""
     from bench import ops_block, ops_decode, ops_head, ops_preference
@@ -53,13 +63,18 @@ def sections() -> dict[str, Callable[[], dict[str, object]]]:
     def head(size: str, compile: bool) -> Callable[[], dict[str, object]]:
         return lambda: contest_section(ops_head.contests("gpu", device, compile=compile, sizes=[size]), device)
 
+    measured = bench_gpu_engine.sections(["1b", "8b"], device)
+    engine = [(f"engine {name}", lambda work=work: engine_section(work())) for name, work in measured.items()]
+    goals, peers = dict(engine[:3]), dict(engine[3:])
     heads = {f"head {size}": head(size, " N8192" in size) for size in ops_head.SIZES["gpu"]}
     first = {name: work for name, work in heads.items() if " N8192" in name}
     groups = {"preference and gae": ops_preference, "decode": ops_decode, "block and optimizer": ops_block}
     return {
         "correctness": check,
+        **goals,
         **first,
         **{n: lambda g=g: contest_section(g.contests("gpu", device), device) for n, g in groups.items()},
+        **peers,
         "fp32 output": lambda: ops_head.fp32_output(device),
         **heads,
         **QUESTIONS,
@@ -87,8 +102,10 @@ def show(name: str, result: dict[str, object]) -> None:
     print(f"\n# {name}")
     for contest in result.get("contests", {}).values():
         print(table(contest))
+    for part, found in result.get("parts", {}).items():
+        print(bench_gpu_engine.line(part, found))
     for key, value in result.items():
-        if key != "contests":
+        if key not in ("contests", "parts"):
             print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}", flush=True)
 
 

@@ -62,8 +62,8 @@ def _check_pages(config: Config) -> None:
         size = capacity.page_size(engine, model, work.room, gpu)
         if engine.num_pages and not size:
             raise InputError(
-                f"engine.num_pages = {engine.num_pages} is for pages, but stage {work.name} has slots here. Leave it out, "
-                "or set engine.page_size."
+                f"engine.num_pages = {engine.num_pages} is for pages, but stage {work.name} has slots here. Leave it "
+                "out, or set engine.page_size."
             )
         if size and model.max_window is not None and model.max_window < work.room:
             raise InputError(

@@ -91,18 +91,18 @@ def _partial(
     """Attention of one sequence's query heads of one kv head to the keys of one split: numerator, maximum, denominator.
 
     query [B, Hq, D]; k_pages, v_pages [pages, Hkv, PAGE, D]; table [B, table_width]; starts [B] or None; lengths [B];
-    results fp32, [B, Hq, splits, D] or [B, Hq, splits], not written for splits before a sequence's start.
+    results fp32, [B, Hq, splits, D] or [B, Hq, splits], written for the splits that hold keys which may count.
     """
     sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.minimum(tl.load(lengths + sequence * length_stride), table_width * PAGE).to(tl.int32)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, length)
     rows, column = tl.arange(0, ROWS), tl.arange(0, HEAD)
-    used = rows < GROUP
+    used = rows < tl.where(begin < length, GROUP, 0)
     first = None
     if starts is not None:
         first = _clamped(tl.load(starts + sequence * start_stride), table_width * PAGE)
-        used = rows < tl.where(first < begin + SPLIT, GROUP, 0)
+        used = used & (rows < tl.where(first < begin + SPLIT, GROUP, 0))
         begin += tl.maximum(first - begin, 0) // BLOCK * BLOCK  # whole blocks, which keeps to the borders of pages
     tile = used[:, None] & (column < head_size)[None, :]
     heads = head * GROUP + rows
@@ -121,16 +121,17 @@ def _partial(
 
 @triton.jit
 def _merge_splits(
-    acc_in, max_in, sum_in, starts, out, lse_out, splits, heads, head_size, start_stride,
+    acc_in, max_in, sum_in, starts, lengths, out, lse_out, splits, heads, head_size, start_stride, length_stride,
     HEAD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Merge one head's partial results of all splits, in order, into out [D] and its log-sum-exp."""
+    """Merge one head's partial results of the splits that were written, in order, into out [D] and its log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, HEAD)
     begin = 0
-    if starts is not None:  # the splits before it were not written
+    if starts is not None:
         begin = _clamped(tl.load(starts + row // heads * start_stride), splits * SPLIT) // SPLIT
-    value, lse = _merged(acc_in, max_in, sum_in, row, splits, begin, splits, head_size, HEAD)
+    end = tl.cdiv(_clamped(tl.load(lengths + row // heads * length_stride), splits * SPLIT), SPLIT)
+    value, lse = _merged(acc_in, max_in, sum_in, row, splits, begin, end, head_size, HEAD)
     tl.store(out + row * head_size + column, value.to(out.dtype.element_ty), mask=column < head_size)
     tl.store(lse_out + row + tl.zeros([1], tl.int64), lse)
 
@@ -164,7 +165,21 @@ def paged_attention(
         ROWS=max(ROWS, triton.next_power_of_2(group)), num_warps=warps,
     )  # fmt: skip
     _merge_splits[(batch * q_heads,)](
-        acc, top, total, starts, out, lse, splits, q_heads, size, start_stride, HEAD=head, SPLIT=split, num_warps=1
+        acc,
+        top,
+        total,
+        starts,
+        seq_lens,
+        out,
+        lse,
+        splits,
+        q_heads,
+        size,
+        start_stride,
+        seq_lens.stride(0),
+        HEAD=head,
+        SPLIT=split,
+        num_warps=1,
     )
     return out, lse
 

@@ -162,7 +162,12 @@ def test_sm_90(tmp_path) -> None:
     split, start = {"SPLIT": kernel.SPLIT}, {"starts": "*i32"}
     members = {"group_stride": 1, "member_stride": 1, "length_stride": 1}
     cases = [
-        Case("attention:_merge_splits", merge | start, split | {"HEAD": 128, "start_stride": 1}, warps=1),
+        Case(
+            "attention:_merge_splits",
+            merge | start | {"lengths": "*i32"},
+            split | {"HEAD": 128, "start_stride": 1, "length_stride": 1},
+            warps=1,
+        ),
         Case("attention:_merge_two", two | dict.fromkeys(("rows", "size"), "i32"), {"ROWS": 16, "HEAD": 128}),
         Case("attention:_merge_tiles", merge | tiles, split | members | {"HEAD": 128, "TILE": 16}, warps=1),
     ]

@@ -256,7 +256,8 @@ FAULTS = {
         own(kernel.SPLIT),
     ),
     "the block of the start counts whole": ("inside & (token >= first)", "inside", own()),
-    "splits before the start are merged": ("// SPLIT\n    value", "* 0\n    value", check_own_memory),
+    "splits before the start are merged": ("// SPLIT\n    end", "* 0\n    end", check_own_memory),
+    "splits beyond the end are merged": (", SPLIT)\n    value", ", SPLIT) * 0 + splits\n    value", check_own_memory),
     "the start of the first sequence": ("row // heads * start_stride", "row * 0", own()),
 }  # fmt: skip
 
