@@ -153,6 +153,7 @@ class Context:
         self, total: int, desc: str, unit: str, *, initial: int = 0, done: Callable[[], int] | None = None
     ) -> Progress:
         """A progress bar that shows the engines' tokens too; see `tick`."""
+        done = None if self.dist.world == 1 else done
         self.bar = self.log.progress(total, desc, unit, initial=initial, done=done, tokens=self.tokens)
         return self.bar
 
@@ -290,7 +291,8 @@ def journaled(
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
     rows_done = f"{stage}/rows"
-    with ctx.progress(len(pending), stage, "row", done=lambda: ctx.dist.add(rows_done, 0)) as bar:
+    known = len(ids) - len(pending)
+    with ctx.progress(len(ids), stage, "row", initial=known, done=lambda: ctx.dist.add(rows_done, 0)) as bar:
         with ctx.run.journal(stage, ctx.dist.rank) as journal:
             while (number := ctx.dist.next_item(stage)) < len(chunks):
                 expected = set(chunks[number])

@@ -97,7 +97,8 @@ class Progress:
             self.count = self.initial + self.done()
         notes = [self.note] * bool(self.note)
         if self.tokens is not None and elapsed > 0 and (tokens := self.tokens() - self.tokens_before) > 0:
-            notes.insert(0, f"{tqdm.format_sizeof(tokens / elapsed)} tokens/s")
+            where = "" if self.done is None else " on this rank"
+            notes.insert(0, f"{tqdm.format_sizeof(tokens / elapsed)} tokens/s{where}")
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(notes), refresh=False)
             self.bar.update(self.count - self.bar.n)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "model.base": "x", "data.red_team": "x", "data.helpful": "x", "data.preferences": "x",
     "data.max_prompt_tokens": 100, "data.constitution": "harmlessness", "engine.max_batch": 2, "rl.steps": 2,
-    "rl.prompts_per_step": 8, "rl.samples_per_prompt": 2, "rl.max_new_tokens": 12, "rl.lr": 0.0, "rl.critic_lr": 0.0,
+    "rl.prompts_per_step": 5, "rl.samples_per_prompt": 3, "rl.max_new_tokens": 12, "rl.lr": 0.0, "rl.critic_lr": 0.0,
     "rl.micro_tokens": 400, "rl.max_refusal_rate": 1.0,
 }  # fmt: skip
 

@@ -246,6 +246,19 @@ def test_equal_prompts_are_prefilled_once(model: Model) -> None:
     assert len({tuple(c.token_ids) for c in found[:4]}) > 1
 
 
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_samples_of_a_prompt_share_it_over_several_admissions(model: Model, page_size: int) -> None:
+    prompts, sampling = some_prompts(3, longest=40), [Sampling(max_new_tokens=9 + i % 7) for i in range(36)]
+    asked = [prompts[i // 12] for i in range(36)]
+    runner, apart = engine(model, max_batch=5, page_size=page_size), engine(model, page_size=page_size)
+    found = runner.generate(asked, sampling)
+    assert found == apart.generate(asked, sampling)
+    handle = runner.prefix([1, 2, 3])
+    assert runner.counters["prefill_tokens"] == sum(map(len, prompts)) + 3
+    whole = runner.generate([[]] * 12, sampling[:12], prefix=handle)
+    assert whole == runner.generate([[1, 2, 3]] * 12, sampling[:12]) or page_size
+
+
 def test_empty_requests_and_generations(model: Model) -> None:
     runner = engine(model)
     assert runner.generate([], Sampling()) == []

@@ -69,10 +69,11 @@ def check(model: Model, want: list) -> None:
     assert run(engine(model, max_batch=20), order) == [found[i] for i in order]
     runner = engine(model)
     assert [run(runner, [i])[0] for i in (0, 30, 1)] == [found[i] for i in (0, 30, 1)]
-    assert which[1] >= 0 and not runner._cache.blocks
-    runner = engine(model, max_batch=5, deterministic=False)
-    runner._cache.kv.fill_(1e30)
-    assert_close(model, [whole[i] for i in order], run(runner, order), [want[i] for i in order])
+    assert which[1] >= 0 and not runner._cache.blocks and not runner._cache.blocks.skip.any()
+    for pipelined in (False, True):
+        runner = engine(model, max_batch=5, deterministic=False, pipelined=pipelined)
+        runner._cache.kv.fill_(1e30)
+        assert_close(model, [whole[i] for i in order], run(runner, order), [want[i] for i in order])
     assert not runner._cache.blocks and not runner._cache.common()
 
 
@@ -86,6 +87,19 @@ def apart(model: Model) -> list:
 
 def test_rows_behind_shared_prefixes_in_any_company(model: Model, apart: list, small: None) -> None:
     check(model, apart)
+
+
+def test_rows_that_left_write_to_nobody(model: Model, small: None) -> None:
+    """Empty rows of a replayed batch: a long row without prefix, right before rows that stood behind one."""
+    outcomes = []
+    for options in ({}, {"pipelined": True, "deterministic": False}):
+        runner = engine(model, max_len=200, max_batch=8, longest_first=False, **options)
+        handle = runner.prefix(LONG[0])
+        sampling = [Sampling(max_new_tokens=n, temperature=0) for n in (90, 15, *[2] * 6)]
+        prompts = [[7], [i % VOCAB for i in range(180)], *[[8 + i] for i in range(6)]]
+        prefixes = [handle, None, *[handle] * 6]
+        outcomes.append([c.token_ids for c in runner.generate(prompts, sampling, prefix=prefixes)])
+    assert outcomes[0] == outcomes[1]
 
 
 def test_kept_keys_go_on_behind_the_same_block(model: Model, small: None) -> None:
@@ -138,6 +152,7 @@ FAULTS = {
     "all rows stand behind one block": (Blocks, "join", first_block_for_all),
     "who stands where is not renewed": (Blocks, "join", stale_groups),
     "rows do not move": (Blocks, "move", lambda self, hole, tail: None),
+    "rows that left keep their offset": (SlotCache, "vacate", lambda self, rows: None),
     "rows that left stay": (Blocks, "leave", lambda self, rows: None),
     "the next layer's block": (Blocks, "merge", lambda self, layer, *rest: MERGE(self, (layer + 1) % 2, *rest)),
     "the block counts as own positions": (Blocks, "skipped", lambda self, row: 0),

@@ -28,7 +28,7 @@ def cancel(model: Model) -> None:
 
 def whole_check(model: Model) -> None:
     """A workload that needs every operation of the cache."""
-    runner, slots = engine(model, page_size=16, max_batch=6, num_pages=24), engine(model)
+    runner, slots = engine(model, page_size=16, max_batch=6, num_pages=20), engine(model)
     prompts = [p for p in some_prompts(12, longest=40) for _ in range(2)]
     sampling = [Sampling(max_new_tokens=3 + 7 * (i // 2) % 31, stop_token_ids=(3,)) for i in range(24)]
     handles = [(e.prefix(SHARED), e.prefix(SHARED[::-1])) for e in (runner, slots)]

@@ -295,9 +295,10 @@ class Cancelled(Exception):
     """What a caller raises to end a `generate` call early."""
 
 
-def test_ten_thousand_requests_and_cancellations_leave_no_page_behind() -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_ten_thousand_requests_and_cancellations_leave_no_page_behind(pipelined: bool) -> None:
     rng, model = random.Random(0), make_model(TINY)
-    runner = Engine(model, max_batch=128, max_len=24, page_size=4, num_pages=500)
+    runner = Engine(model, max_batch=128, max_len=24, page_size=4, num_pages=500, pipelined=pipelined)
     handles: list[Prefix | None] = [None, *(runner.prefix([i] * n) for i, n in enumerate((3, 4, 9)))]
     prompts = [[rng.randrange(16) for _ in range(rng.randint(1, 7))] for _ in range(5_000)]
     prompts = [prompt for prompt in prompts for _ in range(2)]

@@ -49,8 +49,9 @@ def test_queued_steps_give_what_single_steps_give(
         found = runner.generate(prompts, sampling)
         assert_close(model, prompts, found, want)
     assert {c.finish_reason for c in found} == {"stop", "length"} and [] in [c.token_ids for c in found]
-    shapes = {(11, runner._cache.width(160), False)} if deterministic else set(runner._graphs._replays)
-    assert set(runner._graphs._replays) == shapes and len(made) == len(shapes)
+    batches = {shape[0] for shape in runner._graphs._replays}
+    assert {11} <= batches <= ({11} if deterministic else {1, 2, 4, 8, 11})
+    assert len(made) == len(runner._graphs._replays) and (deterministic or len(batches) > 1)
     if page_size:
         assert_empty(runner)
         assert (runner._cache.table == runner._cache.trash).all()
@@ -65,8 +66,26 @@ def test_laws_differ_between_rows_and_calls(model: Model, made: list[Recorder]) 
         assert_close(model, prompts, runner.generate(prompts, sampling), engine(model).generate(prompts, sampling))
 
 
+def test_graphs_serve_a_whole_stage(model: Model, made: list[Recorder]) -> None:
+    runner, prompts = queued(model, page_size=16, deterministic=True), some_prompts(12)
+    calls = [
+        Sampling(max_new_tokens=9),
+        Sampling(max_new_tokens=60, top_p=0.9),
+        Sampling(max_new_tokens=20, stop_strings=("ax",), stop_token_ids=(3, 4)),
+        Sampling(max_new_tokens=30, stop_strings=("b", "ax"), top_k=7),
+    ]
+    for sampling in calls:
+        runner.generate(prompts, sampling)
+    known = len(made)
+    for _ in range(2):
+        for sampling in calls:
+            runner.generate(prompts, sampling)
+    assert known <= 2 and len(made) == 2  # with and without truncation
+
+
 def test_fixed_shapes_give_equal_bits_in_any_company(model: Model, made: list[Recorder]) -> None:
     prompts, sampling = workload()
+    sampling = [replace(s, top_p=0.9) if i % 4 == 1 else s for i, s in enumerate(sampling)]
     runner = queued(model, page_size=16, deterministic=True)
     whole = runner.generate(prompts, sampling)
     order = list(range(40))
@@ -149,7 +168,8 @@ def test_the_host_looks_once_a_burst_and_little_is_wasted(model: Model) -> None:
     found = runner.generate(prompts, [Sampling(max_new_tokens=100, stop_token_ids=(3,)) for _ in prompts])
     longest, drawn = max(len(c.token_ids) for c in found), sum(len(c.token_ids) for c in found)
     work = runner.counters
-    assert work["host_syncs"] <= 2 + -(-longest // graphs.BURST) + rows.LAG
+    looks = 2 + -(-longest // graphs.BURST) + rows.LAG
+    assert looks <= work["host_syncs"] <= 4 * looks < longest  # three more where somebody has ended
     most = (1 + rows.LAG) * graphs.BURST
     assert drawn - 16 < work["trunk_tokens"] - work["prefill_tokens"] <= drawn + most * 16
     exact = queued(model, max_batch=16)

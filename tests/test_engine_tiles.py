@@ -66,6 +66,23 @@ def test_rows_behind_shared_pages_in_any_company(model: Model, apart: list, monk
     assert max(calls) >= 3
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_bits_do_not_depend_on_company_nor_on_the_number_of_prefixes(
+    model: Model, monkeypatch: pytest.MonkeyPatch, page_size: int
+) -> None:
+    monkeypatch.setattr(tiles, "PREFIXES", 3)
+    runner, sampling = tiled(model, page_size=page_size), Sampling(max_new_tokens=7)
+    handles = [runner.prefix([i, *LONG[0]]) for i in range(6)]
+    prompts, order = some_prompts(12, longest=60), list(range(12))
+    whole = runner.generate(prompts, sampling, prefix=[handles[i % 6] for i in order])
+    random.Random(1).shuffle(order)
+    for part in (order, order[:5], [3], [11]):
+        chosen = [handles[i % 6] for i in part]
+        assert runner.generate([prompts[i] for i in part], sampling, keys=part, prefix=chosen) == [
+            whole[i] for i in part
+        ]
+
+
 def test_more_prefixes_and_rows_than_tiles_hold(model: Model, apart: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "PREFIXES", 2)
     monkeypatch.setattr(tiles, "ROWS", 3)

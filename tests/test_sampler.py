@@ -45,16 +45,16 @@ def test_rollouts_do_not_depend_on_who_sampled_them(runs: tuple[Path, Path]) -> 
     for name in ("rollouts.jsonl", "tokens/rollouts.safetensors"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
     rows = [json.loads(line) for line in (runs[0] / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 16 and len({row["reward"] for row in rows}) > 40
+    assert len(rows) == 3 * 15 and len({row["reward"] for row in rows}) > 40
     tokens = records.read_tokens(runs[0] / "tokens" / "rollouts.safetensors")
     assert sum(len(logprobs) for _, logprobs in tokens.values()) > 300
-    halves = [[*range(8)], [*range(8, 16)]]
+    halves = [[*range(6)], [*range(6, 15)]]  # never between the samples of a prompt
     assert seen(runs[1], "scored") == [[half] * 3 for half in halves], "each trains on its own, whoever sampled it"
 
 
 @pytest.mark.distributed
 def test_a_slow_rank_samples_less(runs: tuple[Path, Path]) -> None:
-    assert seen(runs[0], "sampled") == [[[*range(16)]] * 3], "one call an iteration where there is one rank"
+    assert seen(runs[0], "sampled") == [[[*range(15)]] * 3], "one call an iteration where there is one rank"
     first, second = (list(itertools.chain(*calls)) for calls in seen(runs[1], "sampled"))
-    assert sorted(first + second) == sorted([*range(16)] * 3)
+    assert sorted(first + second) == sorted([*range(15)] * 3)
     assert 0 < len(second) < len(first) / 2

@@ -1,6 +1,6 @@
 """The engine: continuous batching, prefix handles and scoring on the trainer's own model instance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -84,6 +84,8 @@ class Engine:
         self._epoch = 0
         self._pipelined = weight.is_cuda if pipelined is None else pipelined
         self._graphs, self._state = Graphs(weight.device), None
+        # Of the prompt that was divided between two admissions: what is alike, its last hidden state, its requests.
+        self._open: tuple[Hashable, Tensor, set[int]] | None = None
 
     @cached_property
     def _cache(self) -> SlotCache:
@@ -102,7 +104,7 @@ class Engine:
 
     @property
     def pages(self) -> PageUse:
-        """Pages of the KV cache: total, in use, shared, peak; zeros where the cache has slots."""
+        """Pages of the KV cache: total, in use, shared, peak; zeros where the cache has slots. Makes the cache."""
         self._cache.forget(self._version())
         return self._cache.usage()
 
@@ -221,9 +223,11 @@ class Engine:
         if self.longest_first:
             queue.sort(key=lambda r: r.total)
         if queue:
+            self._state = self._state_for([r.sampling for r in queue])
             try:
                 self._run(queue, finish, requests if keep else None)
             finally:
+                self._open = None
                 self._cache.clear()
                 self._cache.vacate(slice(0, self.max_batch))
                 self._state.end(slice(0, self._slots))
@@ -235,28 +239,29 @@ class Engine:
     ) -> None:  # fmt: skip
         """Admit requests from the queue's end and decode until all have finished; `kept_of`: all requests by their
         index, if handles are to be kept."""
-        rows = Rows(self._cache, self._state_for([r.sampling for r in queue]), [r.sampling for r in queue], self._stops)
-        version = self._addresses(), *rows.state.version
+        rows = Rows(self._cache, self._state, [r.sampling for r in queue], self._stops)
+        version = self._addresses(), self._state.version
         limit = self.max_batch
         while queue or len(rows):
             ready: list[Request] = []
             patience = min(max(1, limit // 8), len(queue))  # free rows worth a prefill
             if queue and (not len(rows) or limit - len(rows) >= patience):
-                ready = self._reserve(queue, len(rows))
+                ready = self._reserve(queue, rows)
                 # Where pages ran short, the next try waits until some of the rows have left.
                 limit = min(self.max_batch, len(rows) + len(ready)) if queue else self.max_batch
                 if not ready and not len(rows):
                     raise RuntimeError(f"engine: no request runs and pages are short: {self._cache.usage()}")
             if ready:
-                self._admit(rows, ready)
+                self._admit(rows, ready, queue[-1] if queue else None)
             elif self._pipelined:
                 for _ in range(min(BURST, rows.left())):
                     self._replay(rows, version)
             else:
                 self._decode(rows)
-            self.counters["host_syncs"] += 1  # the flags
+            self.counters["host_syncs"] += 1  # the flags; counts, tokens and log-probs of rows that ended
             last = not rows.left()
             if flagged := rows.look(wait=last):
+                self.counters["host_syncs"] += 3
                 ended = rows.ended(flagged)
                 kept = {} if kept_of is None else self._kept(rows, ended, kept_of)
                 finish([(i, replace(c, kept=kept[i]) if kept else c) for i, c in rows.leave(ended)])
@@ -265,26 +270,32 @@ class Engine:
 
     def _state_for(self, samplings: list[Sampling]) -> DecodeState:
         """The decode state, made anew only where the last one is too small: graphs hold its addresses."""
-        most = max(s.max_new_tokens for s in samplings)
-        ends = max(1, max(len(s.stop_token_ids) for s in samplings))
+        # Graphs are for a whole stage: room for any response, and for some more stop tokens than the first calls have.
+        most = self.max_len if self._pipelined else max(s.max_new_tokens for s in samplings)
+        ends = max(len(s.stop_token_ids) for s in samplings)
         if self._state is None or not self._state.serves(most, ends):
-            self._state = DecodeState(self._slots, most, ends, self._trunk.device, pipelined=self._pipelined)
+            ends = round_up(max(1, ends), 4) if self._pipelined else max(1, ends)
+            return DecodeState(self._slots, most, ends, self._trunk.device, pipelined=self._pipelined)
         return self._state
 
     def _addresses(self) -> tuple[int, ...]:
         """Where the weights are; an update in place leaves them there."""
         return tuple(p.data_ptr() for p in self.model.parameters()) if self._pipelined else ()
 
-    def _reserve(self, queue: list[Request], start: int) -> list[Request]:
-        """Take requests from the queue's end for the rows from `start` on, while there are rows and room."""
-        first: dict[tuple[int, tuple[int, ...]], int] = {}
+    def _reserve(self, queue: list[Request], rows: Rows) -> list[Request]:
+        """Take requests from the queue's end for the rows behind the active ones, while there are rows and room."""
+        start = len(rows)
+        # Rows with the prompt that was divided between the last admission and this one still have its keys.
+        first: dict[Hashable, int] = {}
+        if self._open is not None:
+            alike, _, same = self._open
+            first |= [(alike, row) for row, index in rows.requests() if index in same][:1]
         ready: list[Request] = []
         while queue and start + len(ready) < self.max_batch:
-            r, n = queue[-1], len(ready)
-            twin = first.setdefault((id(r.prefix), tuple(r.prompt)), n)
-            r.twin = twin if twin < n else None
-            row = None if r.twin is None else start + r.twin
-            if not self._cache.reserve(start + n, r.total, r.length, r.prefix, row):
+            r, row = queue[-1], start + len(ready)
+            twin = first.setdefault(r.alike, row)
+            r.twin = twin if twin < row else None
+            if not self._cache.reserve(row, r.total, r.length, r.prefix, r.twin):
                 break
             ready.append(queue.pop())
         return ready
@@ -302,7 +313,7 @@ class Engine:
             kept[request.index] = Prefix((*shared.token_ids, *tokens), (*shared.stretches, own), None, version)
         return kept
 
-    def _admit(self, rows: Rows, requests: list[Request]) -> None:
+    def _admit(self, rows: Rows, requests: list[Request], following: Request | None) -> None:
         """Prefill requests into their rows and sample their first tokens; equal prompts are computed once."""
         at = rows.join(
             [r.index for r in requests],
@@ -311,16 +322,26 @@ class Engine:
             [r.key for r in requests],
         )
         self._cache.seat(at)
-        twins = [n if r.twin is None else r.twin for n, r in enumerate(requests)]
         unique = [n for n, r in enumerate(requests) if r.twin is None]
-        hidden = self._cache.kv.new_empty(len(requests), self.model.config.hidden_size)
+        # The last row is for those that continue a prompt whose end is known from the last admission.
+        hidden = self._cache.kv.new_zeros(len(requests) + 1, self.model.config.hidden_size)
+        if self._open is not None:
+            hidden[-1] = self._open[1]
         for group in scoring.bins([len(requests[n].prompt) for n in unique], self.prefill_tokens):
             members = [unique[g] for g in group]
-            hidden[members] = self._prefill([requests[n] for n in members], [at.start + n for n in members])
-        for n, source in enumerate(twins):
-            if n != source:
-                self._cache.share(at.start + n, at.start + source, requests[n].length)
-        rows.emit(at, self._trunk.logits(hidden[twins]))
+            ends = self._prefill([requests[n] for n in members], [at.start + n for n in members])
+            hidden.index_copy_(0, self._trunk.tensor(members), ends)
+        sources = []
+        for n, r in enumerate(requests):
+            sources.append(n if r.twin is None else r.twin - at.start if r.twin >= at.start else len(requests))
+            if r.twin is not None:
+                self._cache.share(at.start + n, r.twin, r.length)
+        states = hidden.index_select(0, self._trunk.tensor(sources))
+        rows.emit(at, self._trunk.logits(states))
+        self._open = None
+        if following is not None and following.alike == requests[-1].alike:
+            same = {r.index for r in requests if r.alike == following.alike}
+            self._open = following.alike, states[-1].clone(), same
 
     def _prefill(self, requests: list[Request], rows: list[int]) -> Tensor:
         """Write the prompts' keys and values into their rows -> [n, H]: what predicts each first token."""
@@ -343,8 +364,9 @@ class Engine:
     def _decode(self, rows: Rows) -> None:
         """One more token for every active row."""
         count, width = len(rows), self._cache.width(rows.width())
-        rows.emit(slice(0, count), self._forward(rows.state, count, self._trunk.rows(count), width))
-        self._count_step(rows, count, self._trunk.rows(count), width)
+        padded = self._trunk.rows(count) if self._trunk.device.type == "cpu" or not self.deterministic else self._slots
+        rows.emit(slice(0, count), self._forward(rows.state, count, padded, width))
+        self._count_step(rows, count, padded, width)
 
     def _replay(self, rows: Rows, version: tuple) -> None:
         """The same from a graph, whose rows and positions may be more than are needed."""
@@ -352,7 +374,8 @@ class Engine:
         batch, width = self.max_batch, cache.width(self.max_len)
         if not self.deterministic:
             batch, width = batch_bucket(count, batch), context_bucket(cache.width(rows.width()), width)
-        self._graphs.run((batch, width, cache.variant), version, partial(self._step, rows.state, batch, width))
+        shape = batch, width, cache.variant, rows.state.truncates
+        self._graphs.run(shape, version, partial(self._step, rows.state, batch, width))
         self._count_step(rows, count, batch, width)
 
     def _step(self, state: DecodeState, batch: int, width: int) -> None:
@@ -364,7 +387,7 @@ class Engine:
 
     def _count_step(self, rows: Rows, count: int, padded: int, width: int) -> None:
         """Count the work of a step for `count` rows in a batch of `padded`."""
-        cached = (rows.cached() if self._cache.ragged else count * width) + self._cache.common()
+        cached = (rows.cached() if self._cache.ragged else count * width) + rows.common()
         self.counters["kv_bytes"] += cached * self._cache.bytes_per_token
         self.counters["trunk_tokens"] += count
         self.counters["padding_tokens"] += padded - count

@@ -129,7 +129,7 @@ class PagedCache(SlotCache):
         pages = self._take(full)
         if full:
             kv = first[..., : full * self.page_size, :].unflatten(3, (full, self.page_size))
-            self.kv[:, :, pages] = kv.transpose(2, 3)
+            self.kv.index_copy_(2, to_device(pages, torch.int64, self.kv.device), kv.transpose(2, 3))
             self._prefixes[id(first)] = ref(first), prefix.version, pages
         return pages
 
@@ -171,7 +171,10 @@ class PagedCache(SlotCache):
 
     def read(self, row: int, start: int, stop: int) -> Tensor:
         """See `SlotCache.read`: a copy."""
-        return self.kv[:, :, self._rows[row]].transpose(2, 3).flatten(3, 4)[..., start:stop, :]
+        size = self.page_size
+        pages = self._rows[row][start // size : -(-stop // size)]
+        kv = self.kv.index_select(2, to_device(pages, torch.int64, self.kv.device)).transpose(2, 3).flatten(3, 4)
+        return kv[..., start - start // size * size : stop - start // size * size, :]
 
     def share(self, row: int, twin: int, length: int) -> None:
         """Copy the prompt's partial last page; the full ones are shared."""
@@ -185,7 +188,8 @@ class PagedCache(SlotCache):
             self._rows[hole] = self._rows.pop(tail)
             if self.tiles is not None:
                 self.tiles.move(hole, tail)
-        self.table[holes] = self.table[tails]
+        to, source = (to_device(rows, torch.int64, self.table.device) for rows in (holes, tails))
+        self.table.index_copy_(0, to, self.table.index_select(0, source))
 
     def width(self, longest: int) -> int:
         """See `SlotCache.width`: whole pages."""

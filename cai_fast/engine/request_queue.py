@@ -1,6 +1,6 @@
 """Requests of a `generate` call: one prompt each, checked before anything is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.requests import Sampling
@@ -15,7 +15,12 @@ class Request:
     def __init__(self, index: int, prompt: list[int], sampling: Sampling, key: int, prefix: Prefix | None) -> None:
         self.index, self.prompt, self.sampling, self.key, self.prefix = index, prompt, sampling, key, prefix
         self.length = len(prompt) + (0 if prefix is None else len(prefix))
-        self.twin: int | None = None  # place, among those admitted with it, of an earlier request with this prompt
+        self.twin: int | None = None  # row of an earlier request with this prompt
+
+    @property
+    def alike(self) -> Hashable:
+        """Equal for requests whose prompts and prefixes are."""
+        return id(self.prefix), tuple(self.prompt)
 
     @property
     def total(self) -> int:

@@ -6,6 +6,7 @@ LAG calls before, and rows that ended meanwhile have stood still on the device.
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,14 +59,20 @@ class Rows:
         state.prepare(samplings, stops)
         self.active: list[_Host] = []
         self._reach = self._sum = 0  # positions of the longest row and of all rows, less the step number of each
+        self._last = self._common = 0  # step at which the last row ends; what `common` returns
         self._only = law(samplings[0]) if len({law(s) for s in samplings}) == 1 else None
         self._laws: tuple[slice, list[tuple[Law, Tensor | None]]] | None = None  # until rows come or go
         self._flags: Tensor | None = None  # of the rows `_at`, from the last step
         self._at = slice(0)
+        self._side = torch.cuda.Stream() if state.device.type == "cuda" and state.pipelined else None
         self._posted: deque[tuple[list[int], Tensor, torch.cuda.Event | None]] = deque()
 
     def __len__(self) -> int:
         return len(self.active)
+
+    def requests(self) -> list[tuple[int, int]]:
+        """(row, request) of every active row."""
+        return [(row, host.request) for row, host in enumerate(self.active)]
 
     def width(self) -> int:
         """Own cached positions of the longest active row once its newest token is written."""
@@ -77,13 +84,18 @@ class Rows:
 
     def left(self) -> int:
         """Steps after which every active row has ended for sure."""
-        return max(0, *(h.sampling.max_new_tokens - h.generated(self.step) for h in self.active), 0)
+        return max(0, self._last - self.step)
+
+    def common(self) -> int:
+        """Positions that a step reads besides `cached`, for several rows."""
+        return self._common
 
     def _changed(self) -> None:
         """Renew what is derived from the set of active rows."""
         lengths = [host.length(0) - self.cache.skipped(row) for row, host in enumerate(self.active)]
         self._reach, self._sum = max(lengths, default=0), sum(lengths)
-        self._laws = None
+        self._last = max((h.sampling.max_new_tokens + h.born - 1 for h in self.active), default=0)
+        self._common, self._laws = self.cache.common(), None
 
     def join(self, requests: list[int], samplings: list[Sampling], prompts: list[int], keys: list[int]) -> slice:
         """Append rows for newly prefilled requests (`prompts` in tokens); returns where they are."""
@@ -111,9 +123,11 @@ class Rows:
         return self._laws[1]
 
     def look(self, wait: bool = False) -> list[tuple[int, int]]:
-        """(row, flags) of rows that may have ended. Pipelined: as posted LAG calls ago, or now if it must `wait`."""
+        """(row, flags) of rows that may have ended. Pipelined: as posted LAG calls ago, or now if it must `wait`.
+
+        One host read; those of rows that did end come on top."""
         if not self.state.pipelined:
-            rows = self._flags.nonzero()[:, 0]  # the one host read of a step
+            rows = self._flags.nonzero()[:, 0]
             if rows.numel() == 0:
                 return []
             return [(self._at.start + r, f) for r, f in zip(rows.tolist(), self._flags[rows].tolist(), strict=True)]
@@ -123,6 +137,7 @@ class Rows:
             requests, flags, event = self._posted.popleft()
             if event is not None:
                 event.synchronize()
+                self._side.wait_event(event)
             where = {host.request: row for row, host in enumerate(self.active)}  # rows may have moved since
             for i, flag in enumerate(flags.tolist()):
                 if flag and requests[i] in where:
@@ -153,11 +168,13 @@ class Rows:
         return ended
 
     def _read(self, rows: list[int]) -> list[tuple[list[int], list[float]]]:
-        """Tokens and log-probs of rows."""
+        """Tokens and log-probs of rows. On a GPU beside the steps that are queued, which an ended row does not change;
+        of one that goes on, what the count counts is there before it."""
         state = self.state
-        index = to_device(rows, torch.int64, state.device)
-        counts = state.count[index].tolist()
-        tokens, logprobs = (out[index, : max(counts)].tolist() for out in (state.out_token, state.out_logprob))
+        with torch.cuda.stream(self._side) if self._side is not None else nullcontext():
+            index = to_device(rows, torch.int64, state.device)
+            counts = state.count[index].tolist()
+            tokens, logprobs = (out[index, : max(counts)].tolist() for out in (state.out_token, state.out_logprob))
         return [(t[:n], p[:n]) for t, p, n in zip(tokens, logprobs, counts, strict=True)]
 
     def _stop(self, row: int, tokens: list[int]) -> int:

@@ -1,6 +1,7 @@
 """What the device knows of the requests in flight, and what a decode step does to it: no host read, fixed addresses."""
 
 from collections.abc import Sequence
+from itertools import count as counting
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from cai_fast.engine.stops import StopStrings
 
 STOPPED, FULL, LOOK = 1, 2, 4  # flags of a row: stop token; token limit; a stop string may have ended
 ENDED = STOPPED | FULL
+TABLES = 8  # sets of stop strings that there is room for at first
+
+_serial = counting()  # of tensors that captured steps may hold
 
 
 class Law(NamedTuple):
@@ -48,7 +52,7 @@ class DecodeState:
     def __init__(self, slots: int, most: int, ends: int, device: torch.device, *, pipelined: bool) -> None:
         """most: new tokens of the longest response; ends: stop tokens of a request at most."""
         self.pipelined, self.most, self.ends, self.device = pipelined, most, ends, device
-        self.truncates = False
+        self.truncates, self.version = False, next(_serial)
         self.groups: dict[tuple[str, ...], int] = {}  # stop strings -> row of `tables`; 0: none
         self.tables: Tensor | None = None
 
@@ -80,16 +84,17 @@ class DecodeState:
         """Make tables for the stop strings that are new."""
         self.truncates = any(law(s).truncates for s in samplings)
         new = sorted({s.stop_strings for s in samplings if s.stop_strings} - set(self.groups))
-        if new and stops is not None:
-            tables = [stops.table(strings).to(self.device) for strings in new]
-            first = [torch.zeros_like(tables[0])] if self.tables is None else list(self.tables)
-            self.groups |= {strings: len(first) + i for i, strings in enumerate(new)}
-            self.tables = torch.stack([*first, *tables])
-
-    @property
-    def version(self) -> tuple[int, ...]:
-        """Changes whenever a captured step would read or write elsewhere, or do something else."""
-        return id(self.token), id(self.tables), self.truncates
+        if stops is None or not (new or self.pipelined):
+            return
+        self.groups |= {strings: len(self.groups) + 1 + i for i, strings in enumerate(new)}
+        if self.tables is None or len(self.tables) <= len(self.groups):
+            rows = max(TABLES, 2 * len(self.groups))
+            tables = torch.zeros(rows, stops.vocab_size, dtype=torch.bool, device=self.device)
+            if self.tables is not None:
+                tables[: len(self.tables)] = self.tables
+            self.tables, self.version = tables, next(_serial)
+        for strings in new:
+            self.tables[self.groups[strings]] = stops.table(strings).to(self.device)
 
     def put(self, at: slice, samplings: Sequence[Sampling], prompts: Sequence[int], keys: Sequence[int]) -> None:
         """Begin rows `at` with requests whose prompts have so many tokens."""
@@ -107,7 +112,8 @@ class DecodeState:
             self.temperature[at], self.top_k[at], self.top_p[at] = laws[:, 0], laws[:, 1].long(), laws[:, 2]
             self.key[at], self.flags[at] = key, 0
         else:
-            self.uniform[at] = kernels.philox_uniform(key[:, None], self._noise)
+            most = max(s.max_new_tokens for s in samplings)
+            self.uniform[at, :most] = kernels.philox_uniform(key[:, None], self._noise[:most])
 
     def advance(self, at: slice, logits: Tensor, laws: Sequence[tuple[Law, Tensor | None]] = ()) -> Tensor:
         """One token more for rows `at` from `logits [rows, V]`; returns their flags.
@@ -148,8 +154,9 @@ class DecodeState:
 
     def move(self, holes: list[int], tails: list[int]) -> None:
         """Row `tails[i]` becomes row `holes[i]`."""
+        to, source = (to_device(rows, torch.int64, self.device) for rows in (holes, tails))
         for state in self._all:
-            state[holes] = state[tails]
+            state.index_copy_(0, to, state.index_select(0, source))
 
     def end(self, rows: slice) -> None:
         """Nobody is in these rows any more."""
