@@ -117,7 +117,7 @@ def token_bytes(model: ModelConfig, width: int) -> int:
 
 
 def page_size(engine: EngineConfig, model: ModelConfig, room: int, cuda: bool) -> int:
-    """Tokens a page of an engine for requests of `room`; 0: it has slots. As `engine.pages.make_cache` decides."""
+    """Tokens a page of an engine for requests of `room`; 0: it has slots. As `engine.pages.plan_cache` decides."""
     if engine.page_size >= 0:
         return engine.page_size
     windowed = model.max_window is not None and model.max_window < room

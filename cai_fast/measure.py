@@ -46,8 +46,8 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
         renderer, engine = worker[0]
         spec = pipeline.sampling(renderer, "response", cfg.temperature, cfg.max_new_tokens)
         keys = [ctx.key(f"evaluate/{role}", i, cfg.seed_offset) for i in ids]
-        prompts = [renderer.dialogue(by_id[i].turns) for i in ids]
-        done = engine.generate(prompts, spec, keys=keys, progress=ctx.tick)
+        asked = [renderer.dialogue(by_id[i].turns) for i in ids]
+        done = engine.generate(asked, spec, keys=keys, progress=ctx.tick)
         for i, completion in zip(ids, done, strict=True):
             key = [ctx.config.seed, f"evaluate/{role}", i, cfg.seed_offset]
             finished = renderer.finish(completion.token_ids, "response")

@@ -125,12 +125,19 @@ class Planner:
         """Of the model in a role."""
         return shape(self.config.role(role))
 
-    def pool(self, stage: str, work: Work) -> Pool:
-        """The cache of one engine of a stage, made when the stage's models are loaded."""
+    def pool(self, stage: str, work: Work, taken: int = 0) -> Pool:
+        """The cache of one engine of a stage, made when the stage's models are loaded and `taken` bytes more."""
         free = None
         if uses_gpu(self.config):
-            free = _memory(self.config) - int(held(self.config, stage)[0])
+            free = _memory(self.config) - int(held(self.config, stage)[0]) - taken
         return capacity.pool(self.config.engine, self.shape(work.role).config, self.width, work, free)
+
+    def _others(self, stage: str, work: Work, first: Pool) -> int:
+        """Bytes of the caches of a stage's further equal engines, each of which finds less memory."""
+        total = 0
+        for _ in range(1, work.engines):
+            total += self.pool(stage, work, taken=first.nbytes + total).nbytes
+        return total
 
     def stage(self, stage: str) -> StagePlan:
         """The plan of one stage."""
@@ -144,7 +151,7 @@ class Planner:
         for work in works:
             cache, model = self.pool(stage, work), self.shape(work.role)
             outside = (work.kept + sum(work.blocks)) * capacity.token_bytes(model.config, width)
-            caches.append(work.engines * cache.nbytes + outside)
+            caches.append(cache.nbytes + self._others(stage, work, cache) + outside)
             spent += capacity.seconds(work, cache, model.params, width, self.rates)
         networks = _networks(config, stage)
         spent += self.rates.packed(base.params * (6 * networks * passes.trained + 2 * passes.scored))

@@ -209,7 +209,9 @@ def _label(config: Config, renderer: Renderer, pairs: int, *, measuring: bool = 
         leaf = cfg.cot_samples * (thought + len(renderer.cot_answer_suffix())) if cfg.cot else 0
         scored = sum(questions * (question.block + own + leaf + len(ids)) for ids in options.sequences)
     room = _room(config, renderer, 2 * answer, thought)
-    return Work("label", "judge", room, phases, question.blocks, scored)
+    # Of the comparisons of a chunk, the keys of what chains of thought share.
+    kept = min(cfg.chunk, pairs) * (trees * prompt + asked * question.words) if cfg.cot else 0
+    return Work("label", "judge", room, phases, question.blocks, scored, kept)
 
 
 def _rl(config: Config) -> Work:

@@ -1,7 +1,7 @@
 """Attention of the engine's phases, handed to `model.hidden(..., attend=...)`; rotary embedding is applied.
 
 T rows, Hq query and Hkv key-value heads, D head size. Rows of `q` beyond the described sequences are padding: what
-comes out there is zero.
+comes out there is nobody's.
 """
 
 from collections.abc import Callable, Sequence
@@ -128,13 +128,13 @@ class ChainAttend:
         self,
         lens: Sequence[int],
         contexts: Sequence[list[Tensor]],
-        padding: int,
+        padding: Sequence[int],
         *,
         store: Store | None,
         device: torch.device,
     ) -> None:
         self.store, self.rows = store, sum(lens)
-        self.own = segments([n for n in (*lens, padding) if n], device)
+        self.own = segments([n for n in (*lens, *padding) if n], device)
         starts = list(accumulate(lens, initial=0))
         # By depth: the stretches there, the queries and keys of each, and the queries' rows in that order.
         self.depths: list[tuple[list[Tensor], Segments, Segments, Tensor]] = []

@@ -30,7 +30,8 @@ class Engine:
 
     deterministic: on a CPU every GEMM has a number of rows at which a row's bits do not depend on it and attention runs
     on aligned blocks, so that on one machine a request's tokens and log-probs are bitwise the same alone, in any batch
-    or order, and with any `max_batch`; on a GPU every pass has one shape, fixed by `max_batch` and `prefill_tokens`.
+    or order, and with any `max_batch`; on a GPU every pass of `generate` has one shape, fixed by `max_batch` and
+    `prefill_tokens` (scores and log-probs of given responses are not covered there).
     `prefill_tokens` bounds one prefill or scoring pass, `tokenizer` is needed for stop strings only, `counters` adds
     up work since the engine was made. longest_first: start the requests that may last longest first, so that none is
     left running alone; else in their order.
@@ -337,7 +338,7 @@ class Engine:
             if r.twin is not None:
                 self._cache.share(at.start + n, r.twin, r.length)
         states = hidden.index_select(0, self._trunk.tensor(sources))
-        rows.emit(at, self._trunk.logits(states))
+        rows.emit(at, self._trunk.logits(states, self._slots))
         self._open = None
         if following is not None and following.alike == requests[-1].alike:
             same = {r.index for r in requests if r.alike == following.alike}

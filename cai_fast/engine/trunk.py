@@ -12,10 +12,11 @@ from cai_fast.engine.cache import SlotCache, round_up
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.state import to_device
 from cai_fast.model import Model
-from cai_fast.model.attention import choose, packed_causal
+from cai_fast.model.attention import choose, packed_causal, segments
 
 # As in model.decoder.Linear: MKL splits longer sums between threads, in a way that depends on the number of rows.
 WIDE = 512
+PADDING = 64  # tokens of a sequence of padding
 PROBED = 20_000_000  # weights of the distinct shapes together, beyond which trying costs more than it can save
 COUNTERS = (
     "trunk_tokens",
@@ -94,13 +95,14 @@ class Trunk:
         for context, n in zip(contexts, lens, strict=True):
             before = sum(kv.shape[3] for kv in context)
             positions += range(before, before + n)
-        cu = torch.tensor([0, *lens, padding], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
-        config = self.model.config
+        # Many short sequences of padding: one long one would cost its square.
+        fill = [PADDING] * (padding // PADDING) + [padding % PADDING]
+        config, (_, cu) = self.model.config, segments([*lens, *fill], self.device)
         if self.device.type == "cuda" and not any(contexts):
-            plain = packed_causal(config, [*lens, padding], cu, self.model.head_weight)
+            plain = packed_causal(config, [*lens, *fill], cu, self.model.head_weight)
             attend = plain if store is None else StoringAttend(plain, lambda i, k, v: store(i, k[:total], v[:total]))
         elif self.chained:
-            attend = ChainAttend(lens, contexts, padding, store=store, device=self.device)
+            attend = ChainAttend(lens, contexts, fill, store=store, device=self.device)
         else:
             attend = ContextAttend(config, lens, contexts, store=store, device=self.device)
         hidden = self.model.hidden(self.tensor(flat), self.tensor(positions + [0] * padding), cu, attend=attend)
@@ -130,9 +132,12 @@ class Trunk:
         rows = self.rows(hidden.shape[0]) if self.device.type == "cpu" else hidden.shape[0]
         return F.pad(hidden, (0, 0, 0, rows - hidden.shape[0]))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> [N, V]."""
-        return self._head(self.padded(hidden))[: hidden.shape[0]]
+    def logits(self, hidden: Tensor, most: int) -> Tensor:
+        """[N, H] -> [N, V]; N <= most."""
+        rows = self.padded(hidden)
+        if self.deterministic and self.device.type == "cuda":
+            rows = F.pad(rows, (0, 0, 0, most - rows.shape[0]))
+        return self._head(rows)[: hidden.shape[0]]
 
     def _head(self, hidden: Tensor) -> Tensor:
         weight = self.model.lm_head_weight

@@ -66,6 +66,14 @@ def packed_causal(config: ModelConfig, lens: Sequence[int], cu_seqlens: Tensor, 
     return _Varlen(config, name, cu_seqlens, max(lens))
 
 
+@functools.cache
+def _grouping(grouped: bool) -> dict[str, bool]:
+    """Arguments for grouped heads: from torch 2.12 on they must be asked for; 2.11 has no such argument, needs none."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 class _Varlen:
     """flash_attn's or torch's variable-length kernel."""
 
@@ -78,9 +86,7 @@ class _Varlen:
             return
         from torch.nn.attention.varlen import varlen_attn
 
-        # From torch 2.12 on grouped heads must be asked for; 2.11 has no such argument and needs none.
-        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters and config.num_heads != config.num_kv_heads
-        self.kernel, self.extra = varlen_attn, {"enable_gqa": True} if grouped else {}
+        self.kernel, self.extra = varlen_attn, _grouping(config.num_heads != config.num_kv_heads)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self.config.window(layer)
@@ -122,8 +128,7 @@ def attention_lse(
         return out, lse.transpose(0, 1)
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters and q.shape[1] != k.shape[1]
-    extra = {"enable_gqa": True} if grouped else {}
+    extra = _grouping(q.shape[1] != k.shape[1])
     window = (-1, 0) if causal else (-1, -1)
     out, lse = varlen_attn(q, k, v, *cu, *longest, return_aux=AuxRequest(lse=True), window_size=window, **extra)
     return out, lse.transpose(0, 1)  # [Hq, T], whatever its documentation says
