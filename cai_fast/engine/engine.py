@@ -201,7 +201,7 @@ class Engine:
         """One completion a prompt, in the order of the prompts; a prompt is `prefix.token_ids + prompt`.
 
         keys (63-bit; default: the prompt's index) and the token's index in the response decide all randomness.
-        Equal prompts that start together are prefilled once. progress(index, completion) is called as they finish.
+        Equal prompts that follow each other are prefilled once. progress(index, completion) is called as they finish.
         With `keep` every completion that took a token has a handle for prompts that continue it, made by a copy of its
         keys (see Prefix for the memory): of the prompt and of all tokens of the response but the last, or, where
         `deterministic`, of the prompt alone: a key computed in decoding has other last bits than one from a prefill.
