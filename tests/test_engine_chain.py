@@ -1,4 +1,4 @@
-"""Prefill behind chains of shared stretches as a GPU does it: parts by segments, merged, equal the whole."""
+"""Prefill behind chains of shared stretches in parts: parts by segments, merged, equal the whole."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from test_engine_pages import assert_close
 
 from cai_fast.engine import Engine, Sampling, token_tree
 from cai_fast.engine.attend import ChainAttend
-from cai_fast.model import Model, attention
+from cai_fast.model import Model
 from cai_fast.model.attention import attention_lse, segments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,7 +128,8 @@ def test_segments_on_a_gpu(causal: bool) -> None:
     q_lens, k_lens = [3, 100, 7], [3, 100, 7] if causal else [50, 2, 300]
     q = torch.randn(sum(q_lens), 8, 64, generator=g).bfloat16()
     k, v = torch.randn(2, sum(k_lens), 2, 64, generator=g).bfloat16()
-    want = attention._lse_by_segment(q.float(), k.float(), v.float(), q_lens, k_lens, causal)
+    parts = segments(q_lens, CPU), segments(k_lens, CPU)
+    want = attention_lse(q.float(), k.float(), v.float(), *parts, causal=causal)
     cuda = torch.device("cuda")
     found = attention_lse(q.cuda(), k.cuda(), v.cuda(), segments(q_lens, cuda), segments(k_lens, cuda), causal=causal)
     assert (found[0].cpu().float() - want[0]).abs().max() <= 2e-2

@@ -119,9 +119,9 @@ class ContextAttend:
 
 
 class ChainAttend:
-    """As `ContextAttend`, for the variable-length kernels of a GPU: a sequence's own tokens causally, then every
-    stretch of the contexts with all queries behind it as one segment, merged by log-sum-exp. One kernel a depth and
-    layer however lengths differ, and no stretch is copied for each sequence behind it. No sliding windows.
+    """As `ContextAttend`, in parts: a sequence's own tokens causally, then every stretch of the contexts with all
+    queries behind it as one segment, merged by log-sum-exp. No stretch is copied for each sequence behind it, lengths
+    may differ, and on a GPU it is one kernel a depth and layer. No sliding windows.
     """
 
     def __init__(

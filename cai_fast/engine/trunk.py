@@ -60,8 +60,10 @@ class Trunk:
         """max_tokens: of one pass over packed prompts."""
         self.model, self.device, self.deterministic = model, model.device, deterministic
         self.max_tokens = max_tokens
-        # Where the kernels for variable lengths can be had; they know no windows over several stretches.
-        self.chained = model.config.max_window is None and choose(self.device.type, model.dtype) != "sdpa"
+        # Where there are kernels for it, which know no windows over several stretches; on a CPU a token's bits then
+        # depend on where its context was cut.
+        kernels = not deterministic if self.device.type == "cpu" else choose(self.device.type, model.dtype) != "sdpa"
+        self.chained = kernels and model.config.max_window is None
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._multiple = BLOCK
         if deterministic and self.device.type == "cpu":
@@ -97,7 +99,7 @@ class Trunk:
             positions += range(before, before + n)
         # Many short sequences of padding: one long one would cost its square.
         fill = [PADDING] * (padding // PADDING) + [padding % PADDING]
-        config, (_, cu) = self.model.config, segments([*lens, *fill], self.device)
+        config, cu = self.model.config, segments([*lens, *fill], self.device).cu
         if self.device.type == "cuda" and not any(contexts):
             plain = packed_causal(config, [*lens, *fill], cu, self.model.head_weight)
             attend = plain if store is None else StoringAttend(plain, lambda i, k, v: store(i, k[:total], v[:total]))

@@ -13,7 +13,8 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -96,11 +97,17 @@ class _Varlen:
         return self.kernel(q, k, v, cu, cu, longest, longest, window_size=(left, 0), **self.extra)
 
 
-class Segments(NamedTuple):
+@dataclass(frozen=True)
+class Segments:
     """Lengths of packed segments on the host, and where they begin, [S+1] int32, on the device."""
 
     lens: list[int]
     cu: Tensor
+
+    @cached_property
+    def padded(self) -> _Padded:
+        """Where they lie when those of about the same length are padded to it."""
+        return _Padded(self.lens, self.cu.device)
 
 
 def segments(lens: Sequence[int], device: torch.device) -> Segments:
@@ -119,7 +126,7 @@ def attention_lse(
     """
     name = choose(q.device.type, q.dtype)
     if name == "sdpa":
-        return _lse_by_segment(q, k, v, q_segments.lens, k_segments.lens, causal)
+        return _causal_lse(q, k, v, q_segments) if causal else _lse_by_segment(q, k, v, q_segments, k_segments)
     cu, longest = (q_segments.cu, k_segments.cu), (max(q_segments.lens), max(k_segments.lens))
     if name == "flash_attn":
         from flash_attn import flash_attn_varlen_func
@@ -134,28 +141,33 @@ def attention_lse(
     return out, lse.transpose(0, 1)  # [Hq, T], whatever its documentation says
 
 
-def _lse_by_segment(
-    q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int], causal: bool
-) -> tuple[Tensor, Tensor]:
-    group, outs, lses = q.shape[1] // k.shape[1], [], []
-    for qs, ks, vs in zip(*(x.split(list(n)) for x, n in ((q, q_lens), (k, k_lens), (v, k_lens))), strict=True):
-        score = torch.einsum("qhd,khd->hqk", qs.float(), ks.float().repeat_interleave(group, 1)) * q.shape[-1] ** -0.5
-        if causal:
-            score = score.masked_fill(torch.ones_like(score[0], dtype=torch.bool).triu(1), -torch.inf)
-        lses.append(score.logsumexp(-1).T)
-        outs.append(torch.einsum("hqk,khd->qhd", score.softmax(-1), vs.float().repeat_interleave(group, 1)).to(q.dtype))
-    return torch.cat(outs), torch.cat(lses)
+def _causal_lse(q: Tensor, k: Tensor, v: Tensor, own: Segments) -> tuple[Tensor, Tensor]:
+    """Causal attention of CPU tensors, one call for all segments of a padded length."""
+    layout, outs, lses = own.padded, [], []
+    sizes = [count * size for count, size in layout.groups]
+    scattered = [x.new_zeros(layout.rows, *x.shape[1:]).index_copy_(0, layout.index, x).split(sizes) for x in (q, k, v)]
+    for (count, size), *qkv in zip(layout.groups, *scattered, strict=True):
+        out, lse = _sdpa_lse(*(x.unflatten(0, (count, size)).transpose(1, 2) for x in qkv), causal=True)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        lses.append(lse.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, layout.index), torch.cat(lses).index_select(0, layout.index)
 
 
-class _Sdpa:
-    """Scaled dot-product attention on sequences grouped by padded length.
+def _lse_by_segment(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+    """Attention of CPU tensors, one call a segment."""
+    parts = zip(*(x.split(n) for x, n in ((q, queries.lens), (k, keys.lens), (v, keys.lens))), strict=True)
+    done = [_sdpa_lse(*(x.transpose(0, 1)[None] for x in part), causal=False) for part in parts]
+    return torch.cat([out[0].transpose(0, 1) for out, _ in done]), torch.cat([lse[0].T for _, lse in done])
 
-    Right padding is invisible to the real rows of a causal attention, its rows are zeros (so that not even a NaN of
-    another sequence can enter), and its results are dropped.
-    """
 
-    def __init__(self, config: ModelConfig, lens: Sequence[int], device: torch.device) -> None:
-        self.config = config
+def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+class _Padded:
+    """Packed sequences by padded length: `groups` (count, size), and the row `index [T]` of each token there."""
+
+    def __init__(self, lens: Sequence[int], device: torch.device) -> None:
         padded = [-(-n // BUCKET) * BUCKET if n <= SHORT else n for n in lens]
         order = sorted(range(len(lens)), key=padded.__getitem__)
         starts, total = [0] * len(lens), 0
@@ -168,7 +180,20 @@ class _Sdpa:
         lengths = torch.tensor(lens)
         shift = torch.tensor(starts) - (lengths.cumsum(0) - lengths)
         index = torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
-        self.index = index.to(device)  # padded row of each packed token
+        self.index = index.to(device)
+
+
+class _Sdpa:
+    """Scaled dot-product attention on sequences grouped by padded length.
+
+    Right padding is invisible to the real rows of a causal attention, its rows are zeros (so that not even a NaN of
+    another sequence can enter), and its results are dropped.
+    """
+
+    def __init__(self, config: ModelConfig, lens: Sequence[int], device: torch.device) -> None:
+        self.config = config
+        layout = _Padded(lens, device)
+        self.rows, self.groups, self.index = layout.rows, layout.groups, layout.index
         self.masks: dict[tuple[int, int], Tensor] = {}
 
     def _mask(self, size: int, window: int, device: torch.device) -> Tensor:
