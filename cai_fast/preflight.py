@@ -52,13 +52,19 @@ def _check_moments(config: Config) -> None:
 
 
 def _check_pages(config: Config) -> None:
-    """Every stage's longest request against the pages that were asked for, which the engine refuses only when made."""
+    """Every stage's longest request against the model's positions and the pages that were asked for: the engine refuses
+    only when it is made."""
     engine, gpu = config.engine, plan.uses_gpu(config)
-    if engine.page_size <= 0 and not engine.num_pages:
-        return
     works = workload.works(config, plan.prompt_counts(config), workload.renderers(config), cpu=not gpu)
     for work in (work for works_of_stage in works.values() for work in works_of_stage):
         model, where = plan.shape(config.role(work.role)).config, f"stage {work.name}, {work.room} tokens"
+        limit, needed = config.model.max_len or model.max_position_embeddings, engine.max_len or work.room
+        if needed > limit:
+            raise InputError(
+                f"Stage {work.name} needs sequences of up to {needed} tokens (prompt, few-shot examples, answers), and "
+                f"model.{work.role} has {limit} positions. Lower data.max_prompt_tokens or the stage's max_new_tokens, "
+                "or switch its few_shot off."
+            )
         size = capacity.page_size(engine, model, work.room, gpu)
         if engine.num_pages and not size:
             raise InputError(

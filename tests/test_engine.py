@@ -220,6 +220,8 @@ def test_stale_prefix_is_refused() -> None:
     with pytest.raises(InputError, match="other weights"):
         runner.generate([[4]], Sampling(max_new_tokens=1), prefix=handle)
     handle = runner.prefix([1, 2, 3])
+    with pytest.raises(InputError, match="by another engine"):
+        engine(make_model(seed=1)).generate([[4]], Sampling(max_new_tokens=1), prefix=handle)
     with torch.no_grad():
         model.lm_head_weight.mul_(1.5)
     with pytest.raises(InputError, match="other weights"):
@@ -321,6 +323,10 @@ def test_overflow_and_bad_arguments_are_named(model: Model) -> None:
         runner.generate([[1], [1] * 16], Sampling(max_new_tokens=5))
     with pytest.raises(InputError, match="prompt 0 is empty"):
         runner.generate([[]], Sampling())
+    with pytest.raises(InputError, match="prompt 1 has token ids from 2 to 61; the model's are 0 to 60"):
+        runner.generate([[1], [2, VOCAB]], Sampling(max_new_tokens=1))
+    with pytest.raises(InputError, match="found the string 'END'"):
+        Sampling(stop_strings="END")
     with pytest.raises(InputError, match="keys has 1 entries for 2 prompts"):
         runner.generate([[1], [2]], Sampling(max_new_tokens=1), keys=[1])
     with pytest.raises(InputError, match="max_len"):

@@ -115,14 +115,14 @@ class Engine:
         self._forget(self._version())
 
     def _version(self) -> tuple[int, ...]:
-        """Changes with `invalidate` and with every in-place update of a parameter that autograd counts."""
-        return (self._epoch, *(p._version for p in self.model.parameters()))
+        """The model's, changes with `invalidate` and with every in-place update of a parameter that autograd counts."""
+        return (id(self.model), self._epoch, *(p._version for p in self.model.parameters()))
 
     def _check_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
         version = self._version()
         self._forget(version)
         if any(prefix is not None and prefix.version != version for prefix in prefixes):
-            raise InputError("engine: a prefix handle was made with other weights; make it again with Engine.prefix")
+            raise InputError("engine: a prefix handle was made with other weights or by another engine; make it again")
 
     def prefix(self, token_ids: Sequence[int], *, after: Prefix | None = None) -> Prefix:
         """Compute a prompt prefix once; the handle serves `generate` and `score` until the weights change.
@@ -206,7 +206,9 @@ class Engine:
         keys (see Prefix for the memory): of the prompt and of all tokens of the response but the last, or, where
         `deterministic`, of the prompt alone: a key computed in decoding has other last bits than one from a prefill.
         """
-        queue = requests = make_requests(prompts, sampling, keys, prefix, self.max_len, self._stops is not None)
+        queue = requests = make_requests(
+            prompts, sampling, keys, prefix, self.max_len, self.model.config.vocab_size, self._stops is not None
+        )
         self._check_prefixes([r.prefix for r in requests])
         self.counters["prompt_tokens"] += sum(r.length for r in queue if r.sampling.max_new_tokens)
         done: dict[int, Completion] = {}

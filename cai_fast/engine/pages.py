@@ -292,7 +292,8 @@ def plan_cache(
         if pages < needed:
             raise InputError(
                 f"engine: {pages} pages of {page_size} tokens ({page_bytes / 2**20:.3g} MiB each) do not hold one "
-                f"request of max_len {max_len}, which needs {needed}. Lower engine.max_len or free memory"
+                f"request of max_len {max_len}, which needs {needed}. Raise engine.num_pages, lower engine.max_len "
+                "or free memory"
             )
 
     if num_pages is not None:

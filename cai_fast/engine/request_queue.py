@@ -34,6 +34,7 @@ def make_requests(
     keys: Sequence[int] | None,
     prefix: Prefix | Sequence[Prefix | None] | None,
     max_len: int,
+    vocab_size: int,
     has_tokenizer: bool,
 ) -> list[Request]:
     """Check the arguments of `generate` and put them together."""
@@ -50,6 +51,11 @@ def make_requests(
             raise InputError(
                 f"engine: prompt {r.index} is empty; a prompt needs at least one token, except after a "
                 "whole handle of Engine.prefix"
+            )
+        if r.prompt and not 0 <= min(r.prompt) <= max(r.prompt) < vocab_size:
+            raise InputError(
+                f"engine: prompt {r.index} has token ids from {min(r.prompt)} to {max(r.prompt)}; the model's are 0 to "
+                f"{vocab_size - 1}"
             )
         if r.total > max_len:
             raise InputError(

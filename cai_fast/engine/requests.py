@@ -22,6 +22,10 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop_strings, str):
+            raise InputError(
+                f"sampling: stop_strings must be a tuple of strings, found the string {self.stop_strings!r}"
+            )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if not 0.0 <= self.temperature < float("inf"):
