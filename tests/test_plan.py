@@ -216,3 +216,10 @@ def test_pages_that_cannot_work_are_refused_before_any_work(inputs: Path, tmp_pa
     assert not (tmp_path / "run").exists()
     for settings in (windowed, {"engine__num_pages": 84, "engine__page_size": 16}):
         assert textworld.main([*textworld.arguments(inputs, tmp_path / "run", **settings), "--check"]) == 0
+
+
+def test_a_stage_beyond_the_models_positions_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "smoke", "--model.device", "cpu", "--check", "--label.cot"]
+    assert textworld.main([*words, "false"]) == 0
+    assert textworld.main([*words, "true"]) == 2
+    assert "Stage label needs sequences of up to 512 tokens" in capsys.readouterr().err
