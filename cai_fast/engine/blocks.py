@@ -12,17 +12,13 @@ from torch import Tensor
 
 from cai_fast import kernels
 from cai_fast.engine.prefix import Prefix
+from cai_fast.model.attention import sdpa_lse
 
 # Measured with one thread, heads of 32: at 512 keys a layer takes 1.9 times as long without for 16 rows, 2.8 times for
 # 64, and half as long for 4, where it is short anyway. The choice must not depend on the rows: bits would.
 MIN_SHARED = 512
 # Query rows of one product. Always as many: a row's bits do not depend on how many there are.
 QUERIES = 32
-
-
-def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q [n, Hq, L, D], k and v [n, Hkv, K, D], mask [n, 1, 1, K] -> (out [n, Hq, L, D], lse [n, Hq, L])."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

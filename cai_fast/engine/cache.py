@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cai_fast.engine.blocks import Blocks, sdpa_lse, shared_stretch
+from cai_fast.engine.blocks import Blocks, shared_stretch
 from cai_fast.engine.prefix import Prefix
+from cai_fast.model.attention import sdpa_lse
 
 # A masked key contributes exactly zero, so a wider window changes no bit as long as its width is a
 # multiple of 32 (measured: of 16), which the CPU attention kernel handles without a remainder.

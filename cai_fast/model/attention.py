@@ -147,7 +147,7 @@ def _causal_lse(q: Tensor, k: Tensor, v: Tensor, own: Segments) -> tuple[Tensor,
     sizes = [count * size for count, size in layout.groups]
     scattered = [x.new_zeros(layout.rows, *x.shape[1:]).index_copy_(0, layout.index, x).split(sizes) for x in (q, k, v)]
     for (count, size), *qkv in zip(layout.groups, *scattered, strict=True):
-        out, lse = _sdpa_lse(*(x.unflatten(0, (count, size)).transpose(1, 2) for x in qkv), causal=True)
+        out, lse = sdpa_lse(*(x.unflatten(0, (count, size)).transpose(1, 2) for x in qkv), causal=True)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, layout.index), torch.cat(lses).index_select(0, layout.index)
@@ -156,12 +156,15 @@ def _causal_lse(q: Tensor, k: Tensor, v: Tensor, own: Segments) -> tuple[Tensor,
 def _lse_by_segment(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
     """Attention of CPU tensors, one call a segment."""
     parts = zip(*(x.split(n) for x, n in ((q, queries.lens), (k, keys.lens), (v, keys.lens))), strict=True)
-    done = [_sdpa_lse(*(x.transpose(0, 1)[None] for x in part), causal=False) for part in parts]
+    done = [sdpa_lse(*(x.transpose(0, 1)[None] for x in part), causal=False) for part in parts]
     return torch.cat([out[0].transpose(0, 1) for out, _ in done]), torch.cat([lse[0].T for _, lse in done])
 
 
-def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+def sdpa_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """CPU: q [n, Hq, L, D], k and v [n, Hkv, K, D], mask [n, 1, 1, K] -> (out [n, Hq, L, D], lse [n, Hq, L])."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
 
 
 class _Padded:
