@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cai_fast.config_schema import EngineConfig
+from cai_fast.config_sections import EngineConfig
 from cai_fast.distributed import PEAK_FLOPS
 from cai_fast.engine.cache import WIDTH_STEP, round_up
 from cai_fast.engine.pages import CUDA_PAGE, POOL_SHARE

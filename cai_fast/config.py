@@ -1,6 +1,6 @@
 """Configuration of a run: preset or TOML file, then the command line, checked before anything else happens.
 
-`load(argv)` returns a frozen `Config`; its sections and their fields are in config_schema.py. Unknown keys and values
+`load(argv)` returns a frozen `Config`; its sections and their fields are in config_sections.py. Unknown keys and values
 out of range are InputErrors that name the nearest key or the range.
 """
 
@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from cai_fast import config_schema as schema
-from cai_fast.config_schema import (
+from cai_fast.config_schema import nearest
+from cai_fast.config_sections import (
     SECTIONS,
     BaseConfig,
+    CheckpointConfig,
     CompareConfig,
     DataConfig,
     EngineConfig,
     EvaluateConfig,
+    HardwareConfig,
     LabelConfig,
+    LoraConfig,
     ModelConfig,
+    ParallelConfig,
     PmConfig,
     ReportConfig,
     ReviseConfig,
     RlConfig,
     SftConfig,
-    nearest,
 )
 from cai_fast.errors import InputError
 
@@ -44,7 +48,7 @@ _PROMPTS = (
 )  # fmt: skip
 _TEXT = ("data.constitution", "data.few_shot_pool")
 _MODEL = ("model.base", "model.dtype", "model.max_len")
-_TRAINED = (*_MODEL, "model.moments")
+_TRAINED = (*_MODEL, "model.moments", "lora.rank", "lora.alpha", "lora.targets")
 _USES: dict[str, tuple[str, ...]] = {
     "base": ("data.constitution", "data.preferences"),
     "revise": (*_MODEL, "model.assistant", *_TEXT, *_PROMPTS),
@@ -70,6 +74,10 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
     base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     revise: ReviseConfig = dataclasses.field(default_factory=ReviseConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cai_fast import losses, pipeline, rng
+from cai_fast import losses, pipeline, rng, roles
 from cai_fast.batching import Example
 from cai_fast.engine import Completion
 from cai_fast.errors import InputError
@@ -101,7 +101,7 @@ class Sampler:
     def __init__(self, ctx: Context, policy: Model, renderer: Renderer) -> None:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, renderer
         self.stream = PromptStream(ctx)
-        pm = ctx.model("pm", head="score").requires_grad_(False)
+        pm = roles.frozen(ctx, "pm", head="score")
         self.scorer, self.pm_renderer = ctx.scorer(pm, self.cfg.micro_tokens), ctx.renderer("pm")
         self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
         if self.cfg.critic == "pm" and not self.same_tokens:

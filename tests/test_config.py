@@ -132,7 +132,7 @@ def test_harmless_only_allows_no_preferences() -> None:
     ("text", "words"),
     [
         ("[rl]\nkl_koef = 1", "rl.kl_koef.*'rl.kl_coef'"),
-        ("[lr]\nkl_coef = 1", "'lr'.*'rl'"),
+        ("[rll]\nkl_coef = 1", "'rll'.*'rl'"),
         ("rl = 1", "rl is a section"),
         ("[rl]\nkl_coef = '1'", "rl.kl_coef must be a number >= 0. Got '1'"),
         ("stages = 'sft'", "stages must be a list"),

@@ -15,7 +15,7 @@ from tiny import alone, gradients, relative_difference, tiny_model
 
 from cai_fast import checkpoint, losses
 from cai_fast.batching import Example, pack, pack_targets
-from cai_fast.config_schema import RlConfig
+from cai_fast.config_sections import RlConfig
 from cai_fast.model import Model, ScalarHead
 from cai_fast.ppo import Critic, Ppo
 

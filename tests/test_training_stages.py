@@ -17,8 +17,9 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import checkpoint, config, config_schema, distributed, losses, model, pipeline, readers, records, sampler
+from cai_fast import checkpoint, config, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
+from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
@@ -374,7 +375,7 @@ def test_harmlessness_only_data_is_refused_unless_asked_for(tmp_path: Path, base
 def test_guard_against_refusals_looks_at_each_kind_of_prompt() -> None:
     values = {"rl/reward": 0.0, "rl/kl_exact": 1.0, "rl/entropy": 1.0, "rl/refusal_rate_helpful": 0.0}
     for rate, limit, stops in ((0.8, 0.5, True), (0.4, 0.5, False), (1.0, 1.0, False), (float("nan"), 0.5, False)):
-        loop = SimpleNamespace(cfg=config_schema.RlConfig(max_refusal_rate=limit))
+        loop = SimpleNamespace(cfg=RlConfig(max_refusal_rate=limit))
         reason = rl.Loop.guard(loop, values | {"rl/refusal_rate_red_team": rate})
         assert bool(reason) == stops
         assert not stops or "80% of red_team answers refuse" in reason

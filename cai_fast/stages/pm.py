@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cai_fast import elo, losses, pipeline, readers, records, rng
+from cai_fast import elo, losses, pipeline, readers, records, roles
 from cai_fast.batching import pack
 from cai_fast.errors import InputError
 from cai_fast.fit import FitSettings, Task, fit
@@ -81,7 +81,7 @@ def run(ctx: Context) -> None:
         training = [p for p, held_out in mine if not held_out and p.weight > 0]
         if not training:
             raise InputError(f"pm: no comparison left to train {name} on ({len(pairs)} in all); give more prompts")
-        model = initial(ctx, name)
+        model = roles.trained(ctx, "pm_init", head="score", name=name)
         steps = train(ctx, model, name, training, first_step)
         began, scorer = time.monotonic(), ctx.scorer(model)
         results = held_out_results(scorer, [p for p, held_out in mine if held_out])
@@ -91,22 +91,12 @@ def run(ctx: Context) -> None:
         held_out |= {f"{name}/held_out_{m}": value for m, value in shown.items()}
         held_out |= {f"{m}/{name}": value for m, value in work.items()}
         ctx.log.info(f"{name}: trained on {summary[name]['trained_on']}, held out: {shown}")
-        ctx.dist.on_main(lambda name=name, model=model: save(ctx, model, name, renderer.tokenizer))
+        # transformers pools the last token that is not the padding token
+        roles.export(ctx, model, name, renderer.tokenizer, pad_token_id=renderer.tokenizer.pad_id)
         first_step += steps
     ctx.log.truncate("pm", first_step)
     ctx.log.metrics("pm", first_step, held_out)
     ctx.run.finish("pm", list(OUTPUTS), summary)
-
-
-def initial(ctx: Context, name: str) -> Model:
-    """The model that training starts from; a language model gets a fresh scalar head."""
-    model = ctx.model("pm_init")
-    return model if model.head == "score" else model.with_score_head(rng.key(ctx.config.seed, "pm/head", name))
-
-
-def save(ctx: Context, model: Model, name: str, tokenizer: Tokenizer) -> None:
-    """Export as ...ForSequenceClassification; transformers pools the last token that is not the padding token."""
-    model.save(ctx.checkpoint(name), tokenizer=tokenizer, extra_config={"pad_token_id": tokenizer.pad_id})
 
 
 def harmless_pairs(ctx: Context, renderer: Renderer) -> list[Pair]:

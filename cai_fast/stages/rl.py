@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, checkpoint, pipeline, records
+from cai_fast import chains, checkpoint, pipeline, records, roles
 from cai_fast.distributed import Stopped
 from cai_fast.model import ScalarHead
 from cai_fast.optim import schedule
@@ -37,7 +37,7 @@ class Loop:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, ctx.renderer("sl_cai")
-        self.policy, self.reference = ctx.model("sl_cai"), ctx.model("sl_cai").requires_grad_(False)
+        self.policy, self.reference = roles.trained(ctx, "sl_cai", head="lm", name="rl"), roles.frozen(ctx, "sl_cai")
         self.sampler = Sampler(ctx, self.policy, self.renderer)
         self.state_dir = ctx.run.state_dir("rl")
         state = checkpoint.latest(self.state_dir)
@@ -67,7 +67,8 @@ class Loop:
             return Critic(ScalarHead(self.policy.config.hidden_size).to(self.policy.device))
         if self.cfg.critic == "own":
             return Critic(self.reference.with_score_head(0, zero=True))
-        return Critic(self.ctx.model("pm", head="score"), self.extra["mean"], self.extra["deviation"])
+        critic = roles.trained(self.ctx, "pm", head="score", name="critic")
+        return Critic(critic, self.extra["mean"], self.extra["deviation"])
 
     def run(self) -> str:
         """All iterations; returns why a guard stopped them, or nothing. Collective."""
@@ -210,7 +211,7 @@ def run(ctx: Context) -> None:
         ctx.log.warn(f"rl: stopped by a guard at {reason}; exporting the policy after {loop.exported_step} iterations")
     ctx.dist.barrier()
     rows = ctx.dist.on_main(lambda: write_rollouts(ctx))
-    ctx.dist.on_main(lambda: loop.policy.save(ctx.checkpoint("rl_cai"), tokenizer=loop.renderer.tokenizer))
+    roles.export(ctx, loop.policy, "rl_cai", loop.renderer.tokenizer)
     summary = {
         "guard": reason, "iterations": loop.exported_step, "rollouts": rows, "kl_coef": loop.ppo.kl_coef,
         "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cai_fast import losses, records
+from cai_fast import losses, records, roles
 from cai_fast.batching import Example, pack_targets
 from cai_fast.errors import InputError
 from cai_fast.fit import FitSettings, Task, fit
@@ -27,7 +27,7 @@ def inputs(ctx: Context) -> dict[str, Any]:
 
 def run(ctx: Context) -> None:
     """Write checkpoints/sl_cai."""
-    cfg, renderer, model = ctx.config.sft, ctx.renderer("base"), ctx.model("base", head="lm")
+    cfg, renderer, model = ctx.config.sft, ctx.renderer("base"), roles.trained(ctx, "base", head="lm", name="sft")
     examples, counts = examples_of(ctx, renderer)
     limit = ctx.config.model.max_len or model.config.max_position_embeddings
     fitting = [e for e in examples if e.tokens <= limit]
@@ -46,7 +46,7 @@ def run(ctx: Context) -> None:
         cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
     )  # fmt: skip
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
-    ctx.dist.on_main(lambda: model.save(ctx.checkpoint("sl_cai"), tokenizer=renderer.tokenizer))
+    roles.export(ctx, model, "sl_cai", renderer.tokenizer)
     summary = counts | {"examples": len(fitting), "tokens": sum(lengths), "steps": steps}
     ctx.run.finish("sft", list(OUTPUTS), summary)
 
