@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cai_fast.errors import InputError
 from cai_fast.model.config import FAMILIES, ModelConfig
@@ -26,50 +27,74 @@ from cai_fast.model.heads import init_scalar
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", head: str | None = None
-) -> Model:
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    head: str | None = None, new_head: int | None = None, prepare: Callable[[Model], object] | None = None,
+) -> Model:  # fmt: skip
     """The model of a Hugging Face folder, in `dtype` on `device`.
 
-    head: "lm" or "score"; None takes what config.json's `architectures` says. See `Model.with_score_head` for a new
-    scalar head on a language model.
+    head: "lm" or "score"; None takes what config.json's `architectures` says. new_head: seed of a fresh scalar head
+    (see `heads.init_scalar`) for a folder that holds a language model, when head is "score". prepare(model) is called
+    while nothing is allocated yet, to shard the model: each rank then reads and holds its own rows alone.
     """
     folder = Path(path)
     raw = read_config(folder)
-    config = ModelConfig.from_hf(raw)
-    head = head or declared_head(raw, folder)
+    config, declared = ModelConfig.from_hf(raw), declared_head(raw, folder)
+    head = head or declared
     with torch.device("meta"):
-        model = Model(config, head)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found: dict[str, Tensor] = {}
+        model = Model(config, head).to(dtype)
+    if prepare is not None:
+        prepare(model)
+    model.to_empty(device=device)
+    fresh = {"score.weight"} if head == "score" and declared == "lm" and new_head is not None else set()
+    _fill(model, folder, fresh)
+    if fresh:
+        weight = torch.empty(1, config.hidden_size)
+        init_scalar(weight, new_head)
+        with torch.no_grad():
+            own_rows(model.score.weight).copy_(weight[_rows(model.score.weight)])
+    model.source = folder
+    return model
+
+
+def _rows(parameter: Tensor) -> slice:
+    """Which of a parameter's rows this rank holds: all, or its share under FSDP2 (as torch.chunk cuts them)."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, parameter.shape[0])
+    mesh, total = parameter.device_mesh, parameter.shape[0]
+    size = -(-total // mesh.size())
+    return slice(min(mesh.get_local_rank() * size, total), min((mesh.get_local_rank() + 1) * size, total))
+
+
+def own_rows(parameter: Tensor) -> Tensor:
+    """The part of a parameter that is on this rank, to be read or written in place."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def _fill(model: Model, folder: Path, fresh: set[str]) -> None:
+    """Copy the folder's tensors into the model's parameters; those in `fresh` are not in the folder."""
+    parameters = dict(model.named_parameters())
+    wanted, missing = set(parameters) - fresh, set(parameters) - fresh
     unexpected: list[str] = []
     tied = None
     for file, name, piece in pieces(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a derived buffer that old checkpoints carry
             continue
-        tensor = piece[:]
-        if name == "lm_head.weight" and head == "lm" and config.tie_word_embeddings:
-            tied = tensor
+        if name == "lm_head.weight" and (fresh or (model.head == "lm" and model.config.tie_word_embeddings)):
+            tied = None if fresh else piece[_rows(model.model.embed_tokens.weight)].to(model.device, model.dtype)
         elif name not in wanted:
             unexpected.append(name)
-        elif tensor.shape != wanted[name] or tensor.dtype not in _DTYPES:
-            want, got = tuple(wanted[name]), tuple(tensor.shape)
-            raise InputError(
-                f"{file}: tensor {name} is {tensor.dtype} {got}; expected float32, bfloat16 or float16 {want} "
-                "(does config.json belong to these weights?)"
-            )
         else:
-            found[name] = tensor.to(device, dtype, copy=True)  # a copy of its own, not a view into the mapped file
-    check_names(folder, head, sorted(set(wanted) - set(found)), sorted(unexpected))
-    if tied is not None and not torch.equal(tied.to(device, dtype), found["model.embed_tokens.weight"]):
+            parameter = parameters[name]
+            check_piece(file, name, piece, parameter.shape)
+            own_rows(parameter).copy_(piece[_rows(parameter)])
+            missing.discard(name)
+    check_names(folder, model.head, sorted(missing), sorted(unexpected))
+    if tied is not None and not torch.equal(tied, own_rows(model.model.embed_tokens.weight)):
         raise InputError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
-    model.load_state_dict(found, strict=True, assign=True)
-    model.requires_grad_(True)
-    model.source = folder
-    return model
 
 
 def init_random(
@@ -190,6 +215,16 @@ def pieces(folder: Path) -> Iterator[tuple[Path, str, Any]]:
                         raise InputError(f"{file}: tensor {name} is not listed for this file in {INDEX}")
         except SafetensorError as error:
             raise InputError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from error
+
+
+def check_piece(file: Path, name: str, piece: Any, wanted: Sequence[int]) -> None:
+    """InputError unless a tensor of a file has the shape `wanted` and a floating-point type that we read."""
+    shape, kind = tuple(piece.get_shape()), piece.get_dtype()
+    if shape != tuple(wanted) or kind not in ("F32", "BF16", "F16"):
+        raise InputError(
+            f"{file}: tensor {name} is {kind} {shape}; expected float32, bfloat16 or float16 {tuple(wanted)} "
+            "(does config.json belong to these weights?)"
+        )
 
 
 def check_names(folder: Path, head: str, missing: list[str], unexpected: list[str]) -> None:
