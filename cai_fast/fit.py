@@ -18,6 +18,7 @@ from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
 from cai_fast.optim import Optimizer, schedule
+from cai_fast.parallel import is_sharded
 from cai_fast.runlog import Mean, RunLog
 
 Loss = Callable[[list[int], float], tuple[Tensor, Stats]]
@@ -83,7 +84,7 @@ def fit(
         for step in range(start, len(plan)):
             epoch, batch = plan[step]
             began = time.monotonic()
-            norm = accumulate(task, batch, settings, optimizer, means, dist)
+            norm = accumulate(task, batch, settings, optimizer, means, dist, even=is_sharded(model))
             values = {f"{task.name}/{name}": value for name, value in means.reduce(dist).items()}
             if not math.isfinite(norm):
                 raise FloatingPointError(f"{task.name}: the gradient is {norm} at step {step}; lower {stage}.lr")
@@ -105,18 +106,28 @@ def fit(
 
 
 def accumulate(
-    task: Task, batch: Sequence[int], settings: FitSettings, optimizer: Optimizer, means: Mean, dist: Distributed
-) -> float:
-    """Gradient of one step, over all micro-batches and ranks, clipped; returns its norm before clipping. Collective."""
+    task: Task, batch: Sequence[int], settings: FitSettings, optimizer: Optimizer, means: Mean, dist: Distributed,
+    even: bool = False,
+) -> float:  # fmt: skip
+    """Gradient of one step, over all micro-batches and ranks, clipped; returns its norm before clipping. Collective.
+
+    even: every rank must do as many passes as the others, because the model is sharded; one short of a micro-batch
+    computes its smallest item once more and counts it for nothing.
+    """
     scale = 1.0 / sum(task.weights[i] for i in batch)
     groups = bins([task.lengths[i] for i in batch], settings.micro_tokens)
     for name in task.stats:  # also on a rank that has no micro-batch of this step
         means.add(name, 0.0, 0.0)
-    for group in groups[dist.rank :: dist.world]:
+    mine = groups[dist.rank :: dist.world]
+    for group in mine:
         loss, stats = task.loss([batch[i] for i in group], scale)
         loss.backward()
         for name, (total, count) in stats.items():
             means.add(name, total, count)
+    if even and len(mine) < len(groups[:: dist.world]):
+        smallest = min(batch, key=lambda i: task.lengths[i])
+        loss, _ = task.loss([smallest], scale)
+        (loss * 0.0).backward()
     optimizer.reduce(dist)
     return float(optimizer.clip(settings.max_grad_norm))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cai_fast import kernels, rng
 from cai_fast.distributed import Distributed
@@ -195,9 +196,11 @@ class Optimizer:
         return {name: held.get(name, p.grad) for name, p in self._params.items()}
 
     def reduce(self, dist: Distributed) -> None:
-        """Collective: sum the gradients over ranks."""
-        reduced = dist.all_reduce_grads(list(self.gradients.values()), list(self._params.values()))
-        sums = dict(zip(self._params, reduced, strict=True))
+        """Collective: sum the gradients over ranks; those of sharded parameters have been in the backward pass."""
+        whole = {name: p for name, p in self._params.items() if not isinstance(p, DTensor)}
+        gradients = self.gradients
+        reduced = dist.all_reduce_grads([gradients[name] for name in whole], list(whole.values())) if whole else []
+        sums = dict(zip(whole, reduced, strict=True))
         for part in self._split:
             part.gradients.update({n: g for n in part.names.values() if (g := sums.pop(n)) is not None})
         for name, grad in sums.items():
@@ -214,7 +217,7 @@ class Optimizer:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
             if max_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-            return norm
+            return norm.full_tensor() if isinstance(norm, DTensor) else norm
         norm = kernels.gradient_norm(list(self.gradients.values()))
         if max_norm > 0:
             factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # torch's formula

@@ -23,10 +23,12 @@ from cai_fast.losses import PolicyTerms
 from cai_fast.model import Model, ScalarHead
 from cai_fast.model.heads import scalar_rows
 from cai_fast.optim import Optimizer
+from cai_fast.parallel import is_sharded
 from cai_fast.runlog import Mean
 
 STATS = ("policy_loss", "clipfrac", "entropy", "approx_kl", "ratio_gap", "value_loss")
 KL_GAIN = 0.1  # Ziegler et al. 2019, §2.2
+FILLER = Example("", [0], [0])
 
 
 @dataclass
@@ -51,10 +53,12 @@ class Rollouts:
     tokens: list[int]  # response tokens of each minibatch, over all ranks
     k1: Tensor
     kl: Tensor
+    fillers: list[list[Bin]] = field(default_factory=list)  # of each minibatch: passes that count for nothing
     bins: list[Bin] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bins = [b for minibatch in self.minibatches for b in minibatch]
+        self.fillers = self.fillers or [[] for _ in self.minibatches]
 
     def flat(self, name: str) -> Tensor:
         """A per-token field of all bins, end to end."""
@@ -104,18 +108,31 @@ class Ppo:
         order = rng.permutation(rng.key(self.seed, "rl/minibatch", "", step), total)
         count = min(self.settings.minibatches, total)
         parts = [order[total * m // count : total * (m + 1) // count] for m in range(count)]
-        minibatches = []
+        minibatches, fillers = [], []
         for part in parts:
             mine = [i - offset for i in part if offset <= i < offset + len(examples)]
             groups = bins([examples[i].tokens for i in mine], self.settings.micro_tokens)
+            short = self._short(len(groups))  # asked before the passes, which are collective themselves
             minibatches.append([self._measure([mine[i] for i in group], examples) for group in groups])
-        rollouts = Rollouts(
-            minibatches, [int(lengths[part].sum()) for part in parts], *(torch.zeros(len(examples)) for _ in range(2))
-        )
+            fillers.append([self._filler() for _ in range(short)])
+        sums = [torch.zeros(len(examples)) for _ in range(2)]
+        rollouts = Rollouts(minibatches, [int(lengths[part].sum()) for part in parts], *sums, fillers)
         for b in rollouts.bins:
             rollouts.k1[b.samples] = segment_sum(b.k1, b.batch.cu_targets).cpu()
             rollouts.kl[b.samples] = segment_sum(b.kl, b.batch.cu_targets).cpu()
         return rollouts
+
+    def _short(self, passes: int) -> int:
+        """Collective: how many passes fewer than another rank this one has; 0 if ranks need not keep step."""
+        if not is_sharded(self.policy):
+            return 0
+        return int(self.dist.all_reduce(torch.tensor(passes), "max")) - passes
+
+    def _filler(self) -> Bin:
+        """A bin of one token for a rank that has no more responses, whose loss is multiplied by zero. Collective."""
+        b = self._measure([0], [FILLER])
+        b.terms = PolicyTerms(b.logprob, torch.zeros_like(b.logprob), torch.zeros_like(b.logprob))
+        return b
 
     @torch.no_grad()
     def _measure(self, samples: list[int], examples: Sequence[Example]) -> Bin:
@@ -160,8 +177,8 @@ class Ppo:
         """
         means, norm, critic_norm, first_gap = Mean(), 0.0, 0.0, math.nan
         for _ in range(self.settings.epochs):
-            for minibatch, tokens in zip(rollouts.minibatches, rollouts.tokens, strict=True):
-                stats = self._accumulate(minibatch, 1.0 / tokens)
+            for minibatch, fillers, tokens in zip(rollouts.minibatches, rollouts.fillers, rollouts.tokens, strict=True):
+                stats = self._accumulate(minibatch, 1.0 / tokens, fillers)
                 first_gap = stats["ratio_gap"] if math.isnan(first_gap) else first_gap
                 norm = float(self.optimizer.clip(self.settings.max_grad_norm))
                 critic_norm = float(self.critic_optimizer.clip(self.settings.max_grad_norm))
@@ -174,7 +191,7 @@ class Ppo:
         own = Distributed(0, 1, torch.device("cpu"))  # every rank holds the same values already
         return means.reduce(own) | {"grad_norm": norm, "critic_grad_norm": critic_norm, "first_ratio_gap": first_gap}
 
-    def _accumulate(self, minibatch: list[Bin], scale: float) -> dict[str, float]:
+    def _accumulate(self, minibatch: list[Bin], scale: float, fillers: Sequence[Bin] = ()) -> dict[str, float]:
         """Gradients of one minibatch, summed over bins and ranks; statistics per token."""
         means = Mean()
         for name in STATS:
@@ -184,6 +201,8 @@ class Ppo:
             loss.backward()
             for name, (total, count) in stats.items():
                 means.add(name, total, count)
+        for b in fillers:
+            (self._loss(b, scale)[0] * 0.0).backward()
         self.optimizer.reduce(self.dist)
         self.critic_optimizer.reduce(self.dist)
         return means.reduce(self.dist)

@@ -22,6 +22,7 @@ from cai_fast.kernels import rms_norm, rope, swiglu
 from cai_fast.model.attention import Attend, packed_causal
 from cai_fast.model.config import ModelConfig
 from cai_fast.model.heads import ScalarHead, init_scalar
+from cai_fast.model.recompute import recomputed
 from cai_fast.model.rope import RopeTables
 
 
@@ -93,7 +94,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x [T, H] -> [T, H]. The unit of sharding."""
+    """One pre-norm layer: x [T, H] -> [T, H]. The unit of sharding, and of recomputation (see recompute.KINDS)."""
+
+    recompute = "none"
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -103,6 +106,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        return recomputed(self.recompute, self._forward, x, cos, sin, attend)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         # The second sum is not left to the next layer's norm: a layer would then take and give two tensors [T, H], and
         # recomputation keep both, to save one pass over one of them.
         normal, x = self.post_attention_layernorm(x, self.self_attn(self.input_layernorm(x), cos, sin, attend))

@@ -54,13 +54,13 @@ def load(
         weight = torch.empty(1, config.hidden_size)
         init_scalar(weight, new_head)
         with torch.no_grad():
-            own_rows(model.score.weight).copy_(weight[_rows(model.score.weight)])
+            own_rows(model.score.weight).copy_(weight[row_range(model.score.weight)])
     model.source = folder
     return model
 
 
-def _rows(parameter: Tensor) -> slice:
-    """Which of a parameter's rows this rank holds: all, or its share under FSDP2 (as torch.chunk cuts them)."""
+def row_range(parameter: Tensor) -> slice:
+    """Which of a parameter's rows are on this rank: all, or its share under FSDP2 (as torch.chunk cuts them)."""
     if not isinstance(parameter, DTensor):
         return slice(0, parameter.shape[0])
     mesh, total = parameter.device_mesh, parameter.shape[0]
@@ -84,13 +84,13 @@ def _fill(model: Model, folder: Path, fresh: set[str]) -> None:
         if name.endswith("rotary_emb.inv_freq"):  # a derived buffer that old checkpoints carry
             continue
         if name == "lm_head.weight" and (fresh or (model.head == "lm" and model.config.tie_word_embeddings)):
-            tied = None if fresh else piece[_rows(model.model.embed_tokens.weight)].to(model.device, model.dtype)
+            tied = None if fresh else piece[row_range(model.model.embed_tokens.weight)].to(model.device, model.dtype)
         elif name not in wanted:
             unexpected.append(name)
         else:
             parameter = parameters[name]
             check_piece(file, name, piece, parameter.shape)
-            own_rows(parameter).copy_(piece[_rows(parameter)])
+            own_rows(parameter).copy_(piece[row_range(parameter)])
             missing.discard(name)
     check_names(folder, model.head, sorted(missing), sorted(unexpected))
     if tied is not None and not torch.equal(tied, own_rows(model.model.embed_tokens.weight)):
