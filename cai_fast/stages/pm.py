@@ -86,7 +86,8 @@ def run(ctx: Context) -> None:
         began, scorer = time.monotonic(), ctx.scorer(model)
         results = held_out_results(scorer, [p for p, held_out in mine if held_out])
         work = ctx.work(time.monotonic() - began)
-        summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps} | results
+        summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps}
+        summary[name] |= roles.sizes(model) | results
         shown = {f"{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
         held_out |= {f"{name}/held_out_{m}": value for m, value in shown.items()}
         held_out |= {f"{m}/{name}": value for m, value in work.items()}
