@@ -73,9 +73,7 @@ class Context:
         """Folder of the model in `role`: base, assistant, judge, pm_init, or the name of a checkpoint of this run."""
         if role in ("sl_cai", "pm", "pm_eval", "rl_cai"):
             return self._made(role)
-        if role == "pm_init" and self.config.lora.rank:
-            return self._made("sl_cai")  # preference models are then adapters on it
-        name = self.config.role(role)
+        name = self.config.pm.init or self.config.model.base if role == "pm_init" else self.config.role(role)
         return self._made("base") if name == TOY else Path(name)
 
     def _made(self, name: str) -> Path:

@@ -63,8 +63,10 @@ def export(ctx: Context, model: Model, name: str, tokenizer: Any, **extra_config
         whole = lora.merge(model, "cpu") if adapted else model
         whole.save(folder, tokenizer=tokenizer, extra_config=extra_config or None)
         if adapted:
-            lora.save_adapters(model, folder / ADAPTER)
-            write_atomic(folder / ADAPTER / TRUNK, json.dumps({"sha256": hash_model(model.source)}) + "\n")
+            below = model.source
+            name_below = f"../../{below.name}" if below.parent == folder.parent else None  # run folders are moved
+            lora.save_adapters(model, folder / ADAPTER, name_below)
+            write_atomic(folder / ADAPTER / TRUNK, json.dumps({"sha256": hash_model(below)}) + "\n")
 
     ctx.dist.on_main(write)
 

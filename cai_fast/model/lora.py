@@ -150,8 +150,8 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     return found | ({PREFIX + "score.weight": model.score.weight} if model.head == "score" else {})
 
 
-def save_adapters(model: Model, folder: str | Path) -> None:
-    """Write the adapters alone, and a scalar head, as peft does."""
+def save_adapters(model: Model, folder: str | Path, base: str | None = None) -> None:
+    """Write the adapters alone, and a scalar head, as peft does; `base` names the model below, default its folder."""
     layers, folder = adapters(model), Path(folder)
     if not layers:
         raise InputError("LoRA: the model has no adapters to save; see add_adapters.")
@@ -159,7 +159,7 @@ def save_adapters(model: Model, folder: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": _TASKS[model.head],
-        "base_model_name_or_path": None if model.source is None else str(model.source),
+        "base_model_name_or_path": base or (None if model.source is None else str(model.source)),
         "r": first.rank,
         "lora_alpha": first.alpha,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
