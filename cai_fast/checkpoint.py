@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cai_fast.errors import InputError
 from cai_fast.files import fsync_dir, hash_file
@@ -41,6 +41,21 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)  # optimizer.state_dict(), or several by name
     extra: dict[str, Any] = field(default_factory=dict)  # KL coefficient, running sums, ...
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that a state must hold; what is frozen comes from where it was loaded."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy back what `trained` gave."""
+    parameters = trained(module)
+    if different := sorted(parameters.keys() ^ tensors.keys()):
+        raise InputError(f"a training state has other parameters ({', '.join(different[:3])}); use --restart-from")
+    for name, p in parameters.items():
+        p.copy_(tensors[name])
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -283,10 +283,12 @@ def _set(tree: dict[str, Any], name: str, text: str) -> None:
         if message or name == "preset":
             raise InputError(message or "preset is not an argument: use --config.")
         section, key = name.split(".")
-        only_text = _field(section, key).type is str
+        kind = _field(section, key).type
         table = tree.setdefault(section, {})
         if isinstance(table, dict):
-            table[key] = text if only_text else _value(text)
+            value = text if kind is str else _value(text)
+            words = kind == tuple[str, ...] and isinstance(value, str)
+            table[key] = [word.strip() for word in value.split(",")] if words else value
 
 
 def _value(text: str) -> Any:
@@ -368,6 +370,11 @@ def _check_together(cfg: Config) -> None:
         raise InputError(
             f"data.preferences is the toy world's, but model.base is {model['base']!r}: give --data.preferences FILE "
             "(a preference model without helpfulness comparisons teaches refusals)."
+        )
+    if settings["lora"]["rank"] and settings["pm"]["init"]:
+        raise InputError(
+            f"pm.init = {settings['pm']['init']!r}: with lora.rank > 0 the preference models are adapters on SL-CAI. "
+            "Leave pm.init out, or set lora.rank = 0."
         )
     revisions, rounds = settings["sft"]["revisions"], settings["revise"]["rounds"]
     if isinstance(revisions, tuple) and (not revisions or max(revisions) > rounds):

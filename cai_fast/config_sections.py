@@ -94,6 +94,12 @@ class LoraConfig(Section):
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "layers that get an adapter"
     )
 
+    def check_together(self, s: types.SimpleNamespace) -> None:
+        if not s.targets or not set(s.targets) <= set(LoraConfig.targets):
+            raise InputError(f"lora.targets must be some of {', '.join(LoraConfig.targets)}. Got {list(s.targets)}.")
+        if s.rank and not s.alpha:
+            raise InputError("lora.alpha = 0 would train nothing: adapters are multiplied by alpha / rank.")
+
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):

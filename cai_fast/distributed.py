@@ -187,7 +187,7 @@ def init(device: str = "auto") -> Distributed:
     return Distributed(rank=rank, world=world, device=place, store=store)
 
 
-def training_mfu(parameters: int, tokens_per_s: float, dist: Distributed) -> dict[str, float]:
+def training_mfu(parameters: float, tokens_per_s: float, dist: Distributed) -> dict[str, float]:
     """{"perf/mfu": share of the GPUs' dense bf16 peak that 6 operations per parameter and token are}; {} if unknown."""
     name = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

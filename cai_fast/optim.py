@@ -137,13 +137,13 @@ class SplitAdamW(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Some torch optimizers over named fp32 or bf16 parameters, stepped together.
+    """Some torch optimizers over named fp32 or bf16 parameters, stepped together; frozen ones are left out.
 
     After the backward passes of a step: `reduce` over ranks, `clip`, `step`.
     """
 
     def __init__(self, named: Named) -> None:
-        self._params = dict(named)
+        self._params = {name: p for name, p in named if p.requires_grad}
         self._parts: list[tuple[torch.optim.Optimizer, float]] = []
 
     @classmethod

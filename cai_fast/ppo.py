@@ -233,7 +233,7 @@ class Ppo:
         optimizers = {"policy": self.optimizer.state_dict(), "critic": self.critic_optimizer.state_dict()}
         state = TrainState(
             step=step,
-            model={f"{part}.{n}": t for part, module in modules.items() for n, t in module.state_dict().items()},
+            model={f"{part}.{n}": t for part, module in modules.items() for n, t in checkpoint.trained(module).items()},
             optimizer=optimizers,
             extra={"kl_coef": self.kl_coef} | extra,
         )
@@ -243,7 +243,7 @@ class Ppo:
         """Continue from what `save` wrote; returns its `extra`."""
         for part, module in (("policy", self.policy), ("critic", self.critic.module)):
             weights = {n.removeprefix(part + "."): t for n, t in state.model.items() if n.startswith(part + ".")}
-            module.load_state_dict(weights, strict=True)
+            checkpoint.restore(module, weights)
         self.optimizer.load_state_dict(state.optimizer["policy"])
         self.critic_optimizer.load_state_dict(state.optimizer["critic"])
         self.kl_coef = state.extra["kl_coef"]

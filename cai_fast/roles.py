@@ -1,31 +1,119 @@
-"""Models by what a stage does with them: trained, frozen beside a trained one, written as a checkpoint."""
+"""Models by what a stage does with them: trained, frozen beside a trained one, written as a checkpoint.
+
+With `lora.rank` > 0 only adapters and scalar heads are trained. SL-CAI is then the one trunk of every later role: pass
+the model that is in memory as `trunk`, and roles share its weights instead of loading their own. A checkpoint holds the
+merged model, and in its folder `adapter` what was trained, as peft writes it, with the hash of the trunk below it.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from cai_fast import rng
-from cai_fast.model import Model
+from cai_fast.errors import InputError
+from cai_fast.files import write_atomic
+from cai_fast.model import Model, lora
+from cai_fast.model.hf import read_json
 from cai_fast.pipeline import Context
+from cai_fast.rundir import hash_model
+
+ADAPTER, TRUNK = "adapter", "trunk.json"
 
 
-def trained(ctx: Context, role: str, *, head: str | None = None, name: str = "") -> Model:
+def trained(ctx: Context, role: str, *, head: str | None = None, name: str = "", trunk: Model | None = None) -> Model:
     """The model in `role`, ready to be trained; `name` seeds what is drawn for it (a score head, adapters).
 
     head: "lm" or "score"; "score" on a language model is a fresh scalar head.
     """
-    if head != "score":
-        return ctx.model(role, head)
-    model = ctx.model(role)
-    return model if model.head == "score" else model.with_score_head(rng.key(ctx.config.seed, "pm/head", name))
+    rank = ctx.config.lora.rank
+    if rank and role == "pm":
+        return _logged(ctx, _preference_model(ctx, trunk), name)
+    model = trunk.shared() if rank and trunk is not None else ctx.model(role, None if head == "score" else head)
+    if head == "score" and model.head == "lm":
+        model = model.with_score_head(rng.key(ctx.config.seed, "pm/head", name), share=rank > 0)
+    return _adapted(ctx, model, name)
 
 
-def frozen(ctx: Context, role: str, *, head: str | None = None) -> Model:
+def value_model(ctx: Context, trunk: Model, name: str) -> Model:
+    """SL-CAI, which is `trunk`, under a scalar head of zeros, ready to be trained."""
+    return _adapted(ctx, trunk.with_score_head(0, zero=True, share=ctx.config.lora.rank > 0), name)
+
+
+def frozen(ctx: Context, role: str, *, head: str | None = None, trunk: Model | None = None) -> Model:
     """The model in `role`, never trained."""
-    return ctx.model(role, head).requires_grad_(False)
+    adapted = role == "pm" and ctx.config.lora.rank > 0
+    return (_preference_model(ctx, trunk) if adapted else ctx.model(role, head)).requires_grad_(False)
+
+
+def reset(ctx: Context, model: Model, name: str, before: Model) -> None:
+    """Undo the training of a model that was made by `trained` with that name out of `before`."""
+    if lora.adapters(model):
+        lora.reset(model, _adapter_seed(ctx, name))
+    else:
+        model.load_state_dict(before.state_dict())
 
 
 def export(ctx: Context, model: Model, name: str, tokenizer: Any, **extra_config: Any) -> None:
     """Write a trained model as checkpoint `name` of the run, in Hugging Face's format. Collective."""
     folder = ctx.checkpoint(name)
-    ctx.dist.on_main(lambda: model.save(folder, tokenizer=tokenizer, extra_config=extra_config or None))
+
+    def write() -> None:
+        adapted = bool(lora.adapters(model))
+        whole = lora.merge(model, "cpu") if adapted else model
+        whole.save(folder, tokenizer=tokenizer, extra_config=extra_config or None)
+        if adapted:
+            below = model.source
+            name_below = f"../../{below.name}" if below.parent == folder.parent else None  # run folders are moved
+            lora.save_adapters(model, folder / ADAPTER, name_below)
+            write_atomic(folder / ADAPTER / TRUNK, json.dumps({"sha256": hash_model(below)}) + "\n")
+
+    ctx.dist.on_main(write)
+
+
+def outputs(ctx: Context, *names: str) -> list[str]:
+    """What a later stage reads of these checkpoints besides the merged models."""
+    return [f"checkpoints/{name}/{ADAPTER}" for name in names if ctx.config.lora.rank]
+
+
+def sizes(model: Model) -> dict[str, int]:
+    """How many parameters a model has, and how many of them are trained."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {"parameters": sum(n for n, _ in counts), "trained_parameters": sum(n for n, trained in counts if trained)}
+
+
+def _adapter_seed(ctx: Context, name: str) -> int:
+    return rng.key(ctx.config.seed, "lora", name)
+
+
+def _adapted(ctx: Context, model: Model, name: str) -> Model:
+    """`model` with fresh adapters, if the configuration asks for some."""
+    cfg = ctx.config.lora
+    if cfg.rank:
+        lora.add_adapters(model, cfg.rank, cfg.alpha, cfg.targets, _adapter_seed(ctx, name))
+        _logged(ctx, model, name)
+    return model
+
+
+def _logged(ctx: Context, model: Model, name: str) -> Model:
+    layers, counts = lora.adapters(model), sizes(model)
+    ctx.log.info(
+        f"{name}: adapters of rank {next(iter(layers.values())).rank} on {len(layers)} layers; "
+        f"{counts['trained_parameters']:,} of {counts['parameters']:,} parameters are trained"
+    )
+    return model
+
+
+def _preference_model(ctx: Context, trunk: Model | None) -> Model:
+    """SL-CAI with the adapters and the score head that stage pm trained, all of them able to be trained further."""
+    folder = ctx.folder("pm") / ADAPTER
+    expected, found = {"sha256": ctx.model_hash("sl_cai")}, read_json(folder / TRUNK)
+    if found != expected:
+        raise InputError(
+            f"{folder}: expected adapters of {ctx.folder('sl_cai')}, {expected}, found some of another model, {found}; "
+            "restore the model they belong to, or redo stage pm with --restart-from pm"
+        )
+    trunk = ctx.model("sl_cai") if trunk is None else trunk
+    model = trunk.with_score_head(0, zero=True, share=True)
+    lora.load_adapters(model, folder)
+    return model

@@ -98,10 +98,10 @@ def pieces(total: int, world: int, batch: int, together: int) -> list[slice]:
 class Sampler:
     """Answers of the current policy, scored by the preference model."""
 
-    def __init__(self, ctx: Context, policy: Model, renderer: Renderer) -> None:
+    def __init__(self, ctx: Context, policy: Model, reference: Model, renderer: Renderer) -> None:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, renderer
         self.stream = PromptStream(ctx)
-        pm = roles.frozen(ctx, "pm", head="score")
+        pm = roles.frozen(ctx, "pm", head="score", trunk=reference)
         self.scorer, self.pm_renderer = ctx.scorer(pm, self.cfg.micro_tokens), ctx.renderer("pm")
         self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
         if self.cfg.critic == "pm" and not self.same_tokens:

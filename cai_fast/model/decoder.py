@@ -9,7 +9,7 @@ are padded to a multiple of 32, because the matrix kernels round a row different
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,18 +206,29 @@ class Model(nn.Module):
         """An independent copy of the weights."""
         return copy.deepcopy(self)
 
-    def with_score_head(self, seed: int, zero: bool = False) -> Model:
-        """A copy of the trunk under a fresh scalar head: random (see `heads.init_scalar`) or zero."""
+    def with_weights(self, tensors: Mapping[str, Tensor], head: str | None = None, *, trained: bool = True) -> Model:
+        """A model of this shape on these very tensors, which are not copied; `trained`: they require gradients."""
         with torch.device("meta"):
-            out = Model(self.config, "score")
-        trunk = {f"model.{name}": tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            out = Model(self.config, self.head if head is None else head)
+        out.requires_grad_(trained)  # what is assigned takes it over
+        out.load_state_dict(tensors, strict=True, assign=True)
+        out.source = self.source
+        return out
+
+    def shared(self) -> Model:
+        """A model on this one's own parameters, frozen for both; its layers can be replaced, by adapters say."""
+        return self.with_weights(dict(self.named_parameters()), trained=False)
+
+    def with_score_head(self, seed: int, zero: bool = False, *, share: bool = False) -> Model:
+        """The trunk under a fresh scalar head: random (see `heads.init_scalar`) or zero.
+
+        share: on this one's own parameters, all frozen; else on a copy of them.
+        """
+        trunk = {f"model.{name}": p if share else p.detach().clone() for name, p in self.model.named_parameters()}
         weight = torch.empty(1, self.config.hidden_size)
         init_scalar(weight, seed, zero=zero)
         trunk["score.weight"] = weight.to(self.device, self.dtype)
-        out.load_state_dict(trunk, strict=True, assign=True)
-        out.requires_grad_(True)
-        out.source = self.source
-        return out
+        return self.with_weights(trunk, "score", trained=not share)
 
     def save(
         self,

@@ -1,7 +1,8 @@
 """LoRA adapters inside the decoder (Hu et al. 2021, arXiv 2106.09685): y = W x + (alpha / rank) B A x, W frozen.
 
 They are layers of the model, so that training, scoring, and the engine's decoding compute with them unmerged. Only
-`merge` gives a model that `Model.save` accepts. Files are peft's: adapter_config.json and adapter_model.safetensors.
+`merge` gives a model that `Model.save` accepts. A scalar head is trained and stored with the adapters. Files are
+peft's: adapter_config.json and adapter_model.safetensors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}
+_HEADS = {"classifier", "score"}  # peft names both for every sequence classifier, and saves the one there is
 # Fields of adapter_config.json that do not change what a loaded adapter computes, and values that change nothing.
 _PASSIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
 _PASSIVE |= {"auto_mapping", "lora_dropout", "r", "lora_alpha", "target_modules", "megatron_core", "qalora_group_size"}
@@ -81,7 +83,7 @@ def adapters(model: Model) -> dict[str, LoraLinear]:
 def add_adapters(model: Model, rank: int, alpha: float, targets: Sequence[str], seed: int) -> list[str]:
     """Put an adapter on every layer that `targets` names; returns the layers' names.
 
-    From then on only the adapters require gradients. Each is drawn by (seed, its name). Engines are made afterwards.
+    From then on only the adapters and a scalar head require gradients. Engines are made afterwards. See `reset`.
     """
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown or not targets:
@@ -95,10 +97,17 @@ def add_adapters(model: Model, rank: int, alpha: float, targets: Sequence[str], 
     model.requires_grad_(False)
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        layer = LoraLinear(model.get_submodule(name), rank, alpha)
-        layer.reset(rng.key(seed, "lora", name))
-        setattr(model.get_submodule(parent), leaf, layer)
+        setattr(model.get_submodule(parent), leaf, LoraLinear(model.get_submodule(name), rank, alpha))
+    if model.head == "score":
+        model.score.requires_grad_(True)
+    reset(model, seed)
     return names
+
+
+def reset(model: Model, seed: int) -> None:
+    """Let the adapters do nothing, each drawn anew by (seed, its layer's name)."""
+    for name, layer in adapters(model).items():
+        layer.reset(rng.key(seed, "lora", name))
 
 
 @contextmanager
@@ -117,34 +126,32 @@ def adapters_off(model: Model) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def merge(model: Model) -> Model:
-    """A copy without adapters that computes the same, up to one rounding of each adapted weight."""
-    layers = adapters(model)
+def merge(model: Model, device: str | torch.device | None = None) -> Model:
+    """A copy without adapters that computes the same, up to one rounding of each adapted weight.
+
+    device: of the copy, default the model's own; weights are merged where they are, one at a time.
+    """
     state = {
-        name: tensor.detach().clone()
+        name: tensor.detach().to(device, copy=True)
         for name, tensor in model.state_dict().items()
         if not name.removesuffix(".weight").endswith((".lora_A", ".lora_B"))
     }
-    state |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
-    with torch.device("meta"):
-        out = Model(model.config, model.head)
-    out.load_state_dict(state, strict=True, assign=True)
-    out.requires_grad_(True)
-    out.source = model.source
-    return out
+    state |= {f"{name}.weight": layer.merged().to(device) for name, layer in adapters(model).items()}
+    return model.with_weights(state)
 
 
-def _tensors(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """The adapters' weights by peft's names."""
-    return {
+def _tensors(model: Model) -> dict[str, Tensor]:
+    """The adapters' weights, and a scalar head's, by peft's names."""
+    found = {
         f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight
-        for name, layer in layers.items()
+        for name, layer in adapters(model).items()
         for part in ("lora_A", "lora_B")
     }
+    return found | ({PREFIX + "score.weight": model.score.weight} if model.head == "score" else {})
 
 
-def save_adapters(model: Model, folder: str | Path) -> None:
-    """Write the adapters alone, as peft does."""
+def save_adapters(model: Model, folder: str | Path, base: str | None = None) -> None:
+    """Write the adapters alone, and a scalar head, as peft does; `base` names the model below, default its folder."""
     layers, folder = adapters(model), Path(folder)
     if not layers:
         raise InputError("LoRA: the model has no adapters to save; see add_adapters.")
@@ -152,35 +159,36 @@ def save_adapters(model: Model, folder: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": _TASKS[model.head],
-        "base_model_name_or_path": None if model.source is None else str(model.source),
+        "base_model_name_or_path": base or (None if model.source is None else str(model.source)),
         "r": first.rank,
         "lora_alpha": first.alpha,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "modules_to_save": ["score"] if model.head == "score" else None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(layers).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
     write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
 def load_adapters(model: Model, folder: str | Path) -> list[str]:
-    """Put the adapters of a peft folder on a model without any; returns the layers' names.
+    """Put the adapters of a peft folder, and its scalar head, on a model without any; returns the layers' names.
 
     A missing or unexpected tensor, another shape, or an option that LoraLinear does not have is an InputError, and
     leaves the model as it was.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = _read_config(folder / CONFIG, model.head)
     found = _read_tensors(folder / WEIGHTS)
     with torch.device("meta"):
         plan = Model(model.config, model.head)
     add_adapters(plan, config["r"], config["lora_alpha"], config["target_modules"], 0)
-    wanted = {name: tensor.shape for name, tensor in _tensors(adapters(plan)).items()}
+    wanted = {name: tensor.shape for name, tensor in _tensors(plan).items()}
     check_names(folder, model.head, sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted)))
     for name, shape in wanted.items():
         if found[name].shape != shape:
@@ -189,17 +197,19 @@ def load_adapters(model: Model, folder: str | Path) -> list[str]:
                 "(do the adapters belong to this model?)"
             )
     names = add_adapters(model, config["r"], config["lora_alpha"], config["target_modules"], 0)
-    for name, tensor in _tensors(adapters(model)).items():
+    for name, tensor in _tensors(model).items():
         tensor.copy_(found[name])
     return names
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json, whose options are all within what LoraLinear does."""
+def _read_config(path: Path, head: str) -> dict[str, Any]:
+    """adapter_config.json, whose options are all within what LoraLinear does, on a model with that head."""
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: expected an adapter with peft_type LORA")
     for name, value in config.items():
+        if name == "modules_to_save" and head == "score" and isinstance(value, list) and set(map(str, value)) <= _HEADS:
+            continue
         if name not in _PASSIVE and value and value not in _NEUTRAL.get(name, ()):
             raise InputError(f"{path}: {name} = {value!r} is not supported")
     rank, alpha, targets = (config.get(name) for name in ("r", "lora_alpha", "target_modules"))

@@ -57,12 +57,17 @@ class Pair:
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
     files = ["prompts.jsonl", "comparisons.jsonl", "labels.jsonl", "tokens/comparisons.safetensors"]
-    return ctx.inputs("pm", files=files, roles=["pm_init"])
+    return ctx.inputs("pm", files=files, roles=[start(ctx)])
+
+
+def start(ctx: Context) -> str:
+    """The role of the model that training starts from: SL-CAI, where preference models are adapters on it."""
+    return "sl_cai" if ctx.config.lora.rank else "pm_init"
 
 
 def run(ctx: Context) -> None:
     """Write checkpoints/pm and checkpoints/pm_eval."""
-    cfg, renderer = ctx.config.pm, ctx.renderer("pm_init")
+    cfg, renderer = ctx.config.pm, ctx.renderer(start(ctx))
     helpful, rejected = helpful_pairs(ctx, renderer)
     if not helpful and not cfg.harmless_only:
         raise InputError(
@@ -81,12 +86,13 @@ def run(ctx: Context) -> None:
         training = [p for p, held_out in mine if not held_out and p.weight > 0]
         if not training:
             raise InputError(f"pm: no comparison left to train {name} on ({len(pairs)} in all); give more prompts")
-        model = roles.trained(ctx, "pm_init", head="score", name=name)
+        model = roles.trained(ctx, start(ctx), head="score", name=name)
         steps = train(ctx, model, name, training, first_step)
         began, scorer = time.monotonic(), ctx.scorer(model)
         results = held_out_results(scorer, [p for p, held_out in mine if held_out])
         work = ctx.work(time.monotonic() - began)
-        summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps} | results
+        summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps}
+        summary[name] |= roles.sizes(model) | results
         shown = {f"{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
         held_out |= {f"{name}/held_out_{m}": value for m, value in shown.items()}
         held_out |= {f"{m}/{name}": value for m, value in work.items()}
@@ -126,7 +132,7 @@ def helpful_pairs(ctx: Context, renderer: Renderer) -> tuple[list[Pair], dict[st
     labels = {row.comparison_id: row.prob_a for row in records.read_jsonl(ctx.run.path("labels.jsonl"), Label)}
     rows = [row for row in pipeline.load_comparisons(ctx) if row.kind == "helpful"]
     pairs, over_long, held_out = [], 0, 0
-    limit = ctx.config.model.max_len or ModelConfig.from_hf(read_config(ctx.folder("pm_init"))).max_position_embeddings
+    limit = ctx.config.model.max_len or ModelConfig.from_hf(read_config(ctx.folder(start(ctx)))).max_position_embeddings
     for row in rows:
         if row.split == "eval":
             held_out += 1

@@ -37,8 +37,9 @@ class Loop:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, ctx.renderer("sl_cai")
-        self.policy, self.reference = roles.trained(ctx, "sl_cai", head="lm", name="rl"), roles.frozen(ctx, "sl_cai")
-        self.sampler = Sampler(ctx, self.policy, self.renderer)
+        self.reference = roles.frozen(ctx, "sl_cai", head="lm")
+        self.policy = roles.trained(ctx, "sl_cai", head="lm", name="rl", trunk=self.reference)
+        self.sampler = Sampler(ctx, self.policy, self.reference, self.renderer)
         self.state_dir = ctx.run.state_dir("rl")
         state = checkpoint.latest(self.state_dir)
         if state is None:
@@ -66,8 +67,8 @@ class Loop:
         if self.cfg.critic == "detached":
             return Critic(ScalarHead(self.policy.config.hidden_size).to(self.policy.device))
         if self.cfg.critic == "own":
-            return Critic(self.reference.with_score_head(0, zero=True))
-        critic = roles.trained(self.ctx, "pm", head="score", name="critic")
+            return Critic(roles.value_model(self.ctx, self.reference, "critic"))
+        critic = roles.trained(self.ctx, "pm", head="score", name="critic", trunk=self.reference)
         return Critic(critic, self.extra["mean"], self.extra["deviation"])
 
     def run(self) -> str:
@@ -189,7 +190,7 @@ class Loop:
         """After a guard's stop: the newest policy that passed the guards and was saved, else SL-CAI."""
         state, worst = checkpoint.latest(self.state_dir), self.extra["kl_exact_max"]
         if state is None:
-            self.policy.load_state_dict(self.reference.state_dict())
+            roles.reset(self.ctx, self.policy, "rl", self.reference)
             self.extra["kl_exact"] = 0.0
         else:
             self.extra = self.ppo.restore(state)
@@ -199,7 +200,7 @@ class Loop:
 
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
-    return ctx.inputs("rl", files=["prompts.jsonl"], roles=["sl_cai", "pm"])
+    return ctx.inputs("rl", files=["prompts.jsonl", *roles.outputs(ctx, "pm")], roles=["sl_cai", "pm"])
 
 
 def run(ctx: Context) -> None:
@@ -216,7 +217,7 @@ def run(ctx: Context) -> None:
         "guard": reason, "iterations": loop.exported_step, "rollouts": rows, "kl_coef": loop.ppo.kl_coef,
         "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],
         "kl_exact_final": loop.extra["kl_exact"], "kl_exact_max": loop.extra["kl_exact_max"],
-    }  # fmt: skip
+    } | roles.sizes(loop.policy)  # fmt: skip
     ctx.log.info(f"rl: {summary}")
     ctx.run.finish("rl", list(OUTPUTS), summary)
 

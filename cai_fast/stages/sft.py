@@ -47,7 +47,7 @@ def run(ctx: Context) -> None:
     )  # fmt: skip
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
     roles.export(ctx, model, "sl_cai", renderer.tokenizer)
-    summary = counts | {"examples": len(fitting), "tokens": sum(lengths), "steps": steps}
+    summary = counts | {"examples": len(fitting), "tokens": sum(lengths), "steps": steps} | roles.sizes(model)
     ctx.run.finish("sft", list(OUTPUTS), summary)
 
 
