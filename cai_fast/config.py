@@ -376,6 +376,10 @@ def _check_together(cfg: Config) -> None:
             f"pm.init = {settings['pm']['init']!r}: with lora.rank > 0 the preference models are adapters on SL-CAI. "
             "Leave pm.init out, or set lora.rank = 0."
         )
+    if settings["lora"]["rank"] and settings["parallel"]["shard"] is True:
+        raise InputError(
+            "parallel.shard = true: adapters and their trunk are replicated. Leave it out or set lora.rank = 0."
+        )
     revisions, rounds = settings["sft"]["revisions"], settings["revise"]["rounds"]
     if isinstance(revisions, tuple) and (not revisions or max(revisions) > rounds):
         raise InputError(f"sft.revisions must name revisions 0 to revise.rounds = {rounds}. Got {list(revisions)}.")

@@ -82,9 +82,9 @@ class Context:
             raise InputError(f"{folder} not found; run stage {stage} first.")
         return folder
 
-    def model(self, role: str, head: str | None = None) -> Model:
-        """The model in `role`, on this rank's device."""
-        return load_model(self.folder(role), dtype=self.dtype, device=self.device, head=head)
+    def model(self, role: str, head: str | None = None, **options: Any) -> Model:
+        """The model in `role`, on this rank's device; `options` as for `model.load`."""
+        return load_model(self.folder(role), **({"dtype": self.dtype, "device": self.device, "head": head} | options))
 
     def renderer(self, role: str) -> Renderer:
         """The prompt renderer for the model in `role`."""

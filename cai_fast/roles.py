@@ -3,6 +3,8 @@
 With `lora.rank` > 0 only adapters and scalar heads are trained. SL-CAI is then the one trunk of every later role: pass
 the model that is in memory as `trunk`, and roles share its weights instead of loading their own. A checkpoint holds the
 merged model, and in its folder `adapter` what was trained, as peft writes it, with the hash of the trunk below it.
+
+With several ranks and without adapters, what is trained is sharded, see parallel.py.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cai_fast import rng
+import torch
+
+from cai_fast import parallel, rng
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
 from cai_fast.model import Model, lora
@@ -26,24 +30,55 @@ def trained(ctx: Context, role: str, *, head: str | None = None, name: str = "",
 
     head: "lm" or "score"; "score" on a language model is a fresh scalar head.
     """
-    rank = ctx.config.lora.rank
-    if rank and role == "pm":
-        return _logged(ctx, _preference_model(ctx, trunk), name)
-    model = trunk.shared() if rank and trunk is not None else ctx.model(role, None if head == "score" else head)
+    rank, seed = ctx.config.lora.rank, rng.key(ctx.config.seed, "pm/head", name)
+    if not rank:
+        return _recomputing(ctx, ctx.model(role, head, new_head=seed, **_sharding(ctx, torch.float32)))
+    if role == "pm":
+        return _recomputing(ctx, _logged(ctx, _preference_model(ctx, trunk), name))
+    model = trunk.shared() if trunk is not None else ctx.model(role, None if head == "score" else head)
     if head == "score" and model.head == "lm":
-        model = model.with_score_head(rng.key(ctx.config.seed, "pm/head", name), share=rank > 0)
+        model = model.with_score_head(seed, share=True)
     return _adapted(ctx, model, name)
 
 
 def value_model(ctx: Context, trunk: Model, name: str) -> Model:
     """SL-CAI, which is `trunk`, under a scalar head of zeros, ready to be trained."""
-    return _adapted(ctx, trunk.with_score_head(0, zero=True, share=ctx.config.lora.rank > 0), name)
+    if ctx.config.lora.rank:
+        return _adapted(ctx, trunk.with_score_head(0, zero=True, share=True), name)
+    model = trained(ctx, "sl_cai", head="score", name=name)
+    with torch.no_grad():
+        model.score.weight.zero_()
+    return model
 
 
 def frozen(ctx: Context, role: str, *, head: str | None = None, trunk: Model | None = None) -> Model:
-    """The model in `role`, never trained."""
+    """The model in `role`, never trained, whole on every rank."""
     adapted = role == "pm" and ctx.config.lora.rank > 0
     return (_preference_model(ctx, trunk) if adapted else ctx.model(role, head)).requires_grad_(False)
+
+
+def reference(ctx: Context) -> Model:
+    """SL-CAI, never trained, for passes that all ranks do together: sharded as the policy is."""
+    return ctx.model("sl_cai", "lm", **_sharding(ctx, ctx.dtype)).requires_grad_(False)
+
+
+def replica(ctx: Context, model: Model) -> parallel.Replica | None:
+    """Collective: a whole copy for an engine or a scorer of a model that is sharded; None for one that is not."""
+    return parallel.Replica(model, ctx.dtype) if parallel.is_sharded(model) else None
+
+
+def _sharding(ctx: Context, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of `model.load` that shard a model, kept in `dtype`; none if models are not sharded in this run."""
+    wanted = ctx.config.parallel.shard
+    if ctx.dist.world == 1 or (ctx.config.lora.rank > 0 if wanted == "auto" else not wanted):
+        return {}
+    return {"dtype": dtype, "prepare": lambda model: parallel.shard(model, ctx.dist, ctx.dtype)}
+
+
+def _recomputing(ctx: Context, model: Model) -> Model:
+    for block in model.model.layers:
+        block.recompute = ctx.config.parallel.recompute
+    return model
 
 
 def reset(ctx: Context, model: Model, name: str, before: Model) -> None:
@@ -56,11 +91,11 @@ def reset(ctx: Context, model: Model, name: str, before: Model) -> None:
 
 def export(ctx: Context, model: Model, name: str, tokenizer: Any, **extra_config: Any) -> None:
     """Write a trained model as checkpoint `name` of the run, in Hugging Face's format. Collective."""
-    folder = ctx.checkpoint(name)
+    folder, adapted = ctx.checkpoint(name), bool(lora.adapters(model))
+    gathered = parallel.gather(model, ctx.dtype) if parallel.is_sharded(model) else model
 
     def write() -> None:
-        adapted = bool(lora.adapters(model))
-        whole = lora.merge(model, "cpu") if adapted else model
+        whole = lora.merge(model, "cpu") if adapted else gathered
         whole.save(folder, tokenizer=tokenizer, extra_config=extra_config or None)
         if adapted:
             below = model.source
@@ -92,7 +127,7 @@ def _adapted(ctx: Context, model: Model, name: str) -> Model:
     if cfg.rank:
         lora.add_adapters(model, cfg.rank, cfg.alpha, cfg.targets, _adapter_seed(ctx, name))
         _logged(ctx, model, name)
-    return model
+    return _recomputing(ctx, model)
 
 
 def _logged(ctx: Context, model: Model, name: str) -> Model:

@@ -109,7 +109,8 @@ class Sampler:
         spec = pipeline.sampling(renderer, "response", self.cfg.temperature, self.cfg.max_new_tokens)
         self.spec = dataclasses.replace(spec, top_k=self.cfg.top_k, top_p=self.cfg.top_p)
         room = ctx.config.data.max_prompt_tokens + self.cfg.max_new_tokens
-        self.engine = ctx.engine(policy, renderer, -(-room // 64) * 64)
+        self.replica = roles.replica(ctx, policy)
+        self.engine = ctx.engine(self.replica.model if self.replica else policy, renderer, -(-room // 64) * 64)
 
     def items(self, step: int) -> list[Item]:
         """The answers of iteration `step`."""
@@ -120,6 +121,8 @@ class Sampler:
     def answer(self, items: list[Item], stage: str, step: int) -> Answers:
         """This rank's share of the answers, whoever sampled them. Collective."""
         dist, total = self.ctx.dist, len(items)
+        if self.replica is not None:
+            self.replica.refresh()
         self.engine.invalidate()  # the weights may have changed since the last call
         done = self.generate(items, stage, f"{stage}/{step}")
         share = slice(self._bound(items, dist.rank), self._bound(items, dist.rank + 1))

@@ -88,7 +88,8 @@ def run(ctx: Context) -> None:
             raise InputError(f"pm: no comparison left to train {name} on ({len(pairs)} in all); give more prompts")
         model = roles.trained(ctx, start(ctx), head="score", name=name)
         steps = train(ctx, model, name, training, first_step)
-        began, scorer = time.monotonic(), ctx.scorer(model)
+        replica = roles.replica(ctx, model)
+        began, scorer = time.monotonic(), ctx.scorer(replica.model if replica else model)
         results = held_out_results(scorer, [p for p, held_out in mine if held_out])
         work = ctx.work(time.monotonic() - began)
         summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps}

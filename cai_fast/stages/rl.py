@@ -37,7 +37,7 @@ class Loop:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, ctx.renderer("sl_cai")
-        self.reference = roles.frozen(ctx, "sl_cai", head="lm")
+        self.reference = roles.reference(ctx)
         self.policy = roles.trained(ctx, "sl_cai", head="lm", name="rl", trunk=self.reference)
         self.sampler = Sampler(ctx, self.policy, self.reference, self.renderer)
         self.state_dir = ctx.run.state_dir("rl")
@@ -133,7 +133,7 @@ class Loop:
         means.add("rl/entropy", entropy.sum(), entropy.numel())
         means.add("rl/logprob_gap", gap.sum(), gap.numel())
         result = means.reduce(self.ctx.dist)
-        if result["rl/logprob_gap"] > MAX_LOGPROB_GAP and self.policy.dtype == torch.float32:
+        if result["rl/logprob_gap"] > MAX_LOGPROB_GAP and self.ctx.dtype == torch.float32:
             self.ctx.log.warn(f"rl: engine and trainer disagree by {result['rl/logprob_gap']:.2g} nats per token")
         return result | {"rl/kl_coef": self.ppo.kl_coef}
 
