@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cai_fast import checkpoint, rng
+from cai_fast import rng
 from cai_fast.batching import bins, split_even
-from cai_fast.checkpoint import TrainState
+from cai_fast.checkpoint import Checkpoints, TrainState
 from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
@@ -52,6 +52,8 @@ class FitSettings:
     max_grad_norm: float
     save_every: int
     moments: str = "float32"  # of weights that are bf16
+    keep: int = 1  # states, and
+    background: bool = True  # how they are written: see Checkpoints
 
 
 def batches(task: Task, settings: FitSettings) -> list[tuple[int, list[int]]]:
@@ -76,12 +78,18 @@ def fit(
         model.named_parameters(), settings.lr, weight_decay=settings.weight_decay, moments=settings.moments,
         head=model.head_weight if model.head == "lm" else None,
     )  # fmt: skip
-    start = _restore(model, optimizer, state_dir)
+    states = Checkpoints(state_dir, dist, keep=settings.keep, background=settings.background)
+    tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_dict().items()}
+    saved = states.latest()
+    if saved is not None:
+        states.load(saved, tensors)
+    start = saved.step if saved else 0
     if start < len(plan):  # else later fits of this stage may have logged already
         log.truncate(stage, first_step + start)
     # Forward and the gradient of the activations take 4 of 6 operations a parameter, that of the parameter itself 2.
     means, parameters = Mean(), sum(p.numel() * (1.0 if p.requires_grad else 4 / 6) for p in model.parameters())
-    with log.progress(len(plan), task.name, "step", initial=start) as bar:
+    with states, log.progress(len(plan), task.name, "step", initial=start) as bar:
         for step in range(start, len(plan)):
             epoch, batch = plan[step]
             began = time.monotonic()
@@ -99,8 +107,9 @@ def fit(
             bar.update(1, loss=values[f"{task.name}/loss"])
             done, stop = step + 1, dist.stop_agreed()
             if stop or done == len(plan) or (settings.save_every and done % settings.save_every == 0):
-                _save(model, optimizer, TrainState(step=done, epoch=epoch), state_dir, dist)
+                states.save(TrainState(step=done, epoch=epoch, tensors=tensors))
             if stop:
+                states.wait()
                 raise Stopped()
     optimizer.release()
     return len(plan)
@@ -131,17 +140,3 @@ def accumulate(
         (loss * 0.0).backward()
     optimizer.reduce(dist)
     return float(optimizer.clip(settings.max_grad_norm))
-
-
-def _restore(model: Model, optimizer: Optimizer, state_dir: Path) -> int:
-    state = checkpoint.latest(state_dir)
-    if state is None:
-        return 0
-    checkpoint.restore(model, state.model)
-    optimizer.load_state_dict(state.optimizer)
-    return state.step
-
-
-def _save(model: Model, optimizer: Optimizer, state: TrainState, state_dir: Path, dist: Distributed) -> None:
-    state.model, state.optimizer = checkpoint.trained(model), optimizer.state_dict()
-    dist.on_main(lambda: checkpoint.save(state_dir, state) and None)

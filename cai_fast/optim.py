@@ -31,17 +31,21 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, iterations: int = 5) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "iterations": iterations})
 
+    @staticmethod
+    def initial(p: Tensor) -> dict[str, Tensor]:
+        """State of a parameter before the first step."""
+        return {"momentum_buffer": torch.zeros_like(p)}
+
     @torch.no_grad()
     def step(self) -> None:
         """One update; parameters without a gradient stay."""
+        _allocate(self)
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                for p in params:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 grads = torch.stack([p.grad for p in params])
                 buffers = torch.stack([self.state[p]["momentum_buffer"] for p in params])
                 buffers.lerp_(grads, 1 - group["momentum"])
@@ -87,6 +91,14 @@ def _release(parameter: nn.Parameter) -> None:
         del parameter.main_grad
 
 
+def _allocate(part: "Muon | SplitAdamW | FusedAdamW") -> None:
+    """Make the state of parameters that have none yet."""
+    for group in part.param_groups:
+        for p in group["params"]:
+            if not part.state[p]:
+                part.state[p].update(part.initial(p))
+
+
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW of bf16 parameters: kernels.adamw_step on (parameter, 16-bit remainder), which are the fp32 weights.
 
@@ -112,19 +124,22 @@ class SplitAdamW(torch.optim.Optimizer):
             if parameter is head:
                 self.gradients[name] = parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
+    def initial(self, p: Tensor) -> dict[str, Tensor]:
+        """State of a parameter before the first step."""
+        step = torch.zeros((), dtype=torch.int64)  # on the CPU: read there, at every step
+        moments = {key: torch.zeros_like(p, dtype=self._moments) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": step, "remainder": torch.zeros_like(p, dtype=torch.int16)} | moments
+
     @torch.no_grad()
     def step(self) -> None:
         """One update; parameters without a gradient stay."""
+        _allocate(self)
         for group in self.param_groups:
             for p in group["params"]:
                 name = self.names[p]
                 if name not in self.gradients:
                     continue
                 state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.int64)  # on the CPU: read there, at every step
-                    state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
-                    state |= {key: torch.zeros_like(p, dtype=self._moments) for key in ("exp_avg", "exp_avg_sq")}
                 state["step"] += 1
                 step = int(state["step"])
                 kernels.adamw_step(
@@ -136,6 +151,16 @@ class SplitAdamW(torch.optim.Optimizer):
                     self.gradients[name] = p.main_grad.zero_()
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW of fp32 parameters, with the state that its first step would make."""
+
+    @staticmethod
+    def initial(p: Tensor) -> dict[str, Tensor]:
+        """State of a parameter before the first step."""
+        step = torch.zeros((), dtype=torch.float32, device=p.device)  # beside the parameter for a fused step
+        return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
 class Optimizer:
     """Some torch optimizers over named fp32 or bf16 parameters, stepped together; frozen ones are left out.
 
@@ -144,7 +169,7 @@ class Optimizer:
 
     def __init__(self, named: Named) -> None:
         self._params = {name: p for name, p in named if p.requires_grad}
-        self._parts: list[tuple[torch.optim.Optimizer, float]] = []
+        self._parts: list[tuple[Muon | FusedAdamW | SplitAdamW, float]] = []
 
     @classmethod
     def adamw(cls, named: Named, lr: float, *, weight_decay: float = 0.0, betas: tuple[float, float] = BETAS,
@@ -180,7 +205,7 @@ class Optimizer:
         options = {"lr": lr, "betas": betas, "eps": EPS}
         if full:
             groups = _groups(full.values(), weight_decay)
-            self._parts.append((torch.optim.AdamW(groups, **options, fused=True), lr))
+            self._parts.append((FusedAdamW(groups, **options, fused=True), lr))
         if half:
             groups = [group | options for group in _groups(half.values(), weight_decay)]
             self._parts.append((SplitAdamW(half, groups, getattr(torch, moments), head), lr))
@@ -245,30 +270,24 @@ class Optimizer:
         for part in self._split:
             part.gradients.clear()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Moments, step counts and remainders of bf16 parameters; the tensors are the live ones."""
-        state: dict[str, Tensor] = {}
-        for name, p in self._params.items():
-            for part, _ in self._parts:
-                state |= {f"{name}/{key}": value for key, value in part.state.get(p, {}).items()}
-        return state
+    def allocate(self) -> None:
+        """Make the state of all parameters, which their first step would make otherwise."""
+        for part, _ in self._parts:
+            _allocate(part)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, bit for bit; the model's parameters are restored by the caller.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments, step counts and remainders of bf16 parameters, of every parameter; the tensors are the live ones, so
+        that a saved state can be loaded into them. The model's parameters are saved and restored by the caller.
 
         A remainder is only right for the bf16 parameter it was saved with: the two are one fp32 weight.
         """
-        unknown = {key.rsplit("/", 1)[0] for key in state} - set(self._params)
-        if unknown:
-            raise ValueError(f"optimizer state of unknown parameters: {sorted(unknown)[:3]}")
-        owner = {id(p): part for part, _ in self._parts for group in part.param_groups for p in group["params"]}
-        for key, value in state.items():
-            name, field = key.rsplit("/", 1)
-            p = self._params[name]
-            part = owner[id(p)]
-            # A fused CUDA step wants `step` beside the parameter, which suits the CPU as well; ours reads it there.
-            device = "cpu" if field == "step" and isinstance(part, SplitAdamW) else p.device
-            part.state[p][field] = value.to(device, copy=True)
+        self.allocate()
+        state: dict[str, Tensor] = {}
+        for name, p in self._params.items():
+            held = {key: value for part, _ in self._parts for key, value in part.state.get(p, {}).items()}
+            assert held, f"{name}: belongs to no optimizer"
+            state |= {f"{name}/{key}": value for key, value in held.items()}
+        return state
 
 
 def _groups(params: Collection[Tensor], weight_decay: float) -> list[dict[str, Any]]:

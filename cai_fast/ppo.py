@@ -9,14 +9,13 @@ N response tokens of a bin, S responses.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cai_fast import checkpoint, kernels, losses, rng
+from cai_fast import kernels, losses, rng
 from cai_fast.batching import Example, TargetBatch, bins, pack_targets, segment_sum
-from cai_fast.checkpoint import TrainState
+from cai_fast.checkpoint import Checkpoints, Saved, TrainState
 from cai_fast.config import RlConfig
 from cai_fast.distributed import Distributed, global_moments
 from cai_fast.losses import PolicyTerms
@@ -227,24 +226,21 @@ class Ppo:
         if target > 0:
             self.kl_coef *= 1.0 + KL_GAIN * min(0.2, max(-0.2, kl / target - 1.0))
 
-    def save(self, folder: Path, step: int, extra: dict[str, float]) -> None:
-        """Collective: everything that the rest of the run depends on."""
-        modules = {"policy": self.policy, "critic": self.critic.module}
-        optimizers = {"policy": self.optimizer.state_dict(), "critic": self.critic_optimizer.state_dict()}
-        state = TrainState(
-            step=step,
-            model={f"{part}.{n}": t for part, module in modules.items() for n, t in checkpoint.trained(module).items()},
-            optimizer=optimizers,
-            extra={"kl_coef": self.kl_coef} | extra,
-        )
-        self.dist.on_main(lambda: checkpoint.save(folder, state) and None)
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training changes, by name; the live tensors."""
+        tensors: dict[str, Tensor] = {}
+        parts = {"policy": (self.policy, self.optimizer), "critic": (self.critic.module, self.critic_optimizer)}
+        for part, (module, optimizer) in parts.items():
+            tensors |= {f"{part}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+            tensors |= {f"optimizer.{part}.{name}": value for name, value in optimizer.state_dict().items()}
+        return tensors
 
-    def restore(self, state: TrainState) -> dict[str, float]:
-        """Continue from what `save` wrote; returns its `extra`."""
-        for part, module in (("policy", self.policy), ("critic", self.critic.module)):
-            weights = {n.removeprefix(part + "."): t for n, t in state.model.items() if n.startswith(part + ".")}
-            checkpoint.restore(module, weights)
-        self.optimizer.load_state_dict(state.optimizer["policy"])
-        self.critic_optimizer.load_state_dict(state.optimizer["critic"])
-        self.kl_coef = state.extra["kl_coef"]
-        return {name: value for name, value in state.extra.items() if name != "kl_coef"}
+    def save(self, states: Checkpoints, step: int, extra: dict[str, float]) -> None:
+        """Collective: everything that the rest of the run depends on."""
+        states.save(TrainState(step, extra={"kl_coef": self.kl_coef} | extra, tensors=self._tensors()))
+
+    def restore(self, states: Checkpoints, saved: Saved) -> dict[str, float]:
+        """Collective: continue from what `save` wrote; returns its `extra`."""
+        states.load(saved, self._tensors())
+        self.kl_coef = saved.extra["kl_coef"]
+        return {name: value for name, value in saved.extra.items() if name != "kl_coef"}

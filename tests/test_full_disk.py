@@ -10,7 +10,7 @@ import pytest
 import textworld
 from safetensors import SafetensorError
 
-from cai_fast import records
+from cai_fast import checkpoint, records
 from cai_fast.model import hf
 
 STAGES = "revise,sft,compare,label,pm"
@@ -107,5 +107,30 @@ def test_a_disk_that_fills_in_a_checkpoint(
         assert textworld.main(words) == 1
     assert_full(capfd)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert textworld.main(words) == 0
+    assert textworld.results(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("call", [1, 5])  # the first state of sft, the description of pm's
+def test_a_disk_that_fills_in_a_training_state(
+    call: int, background: bool, inputs: Path, whole: dict[str, bytes], tmp_path: Path, capfd: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = {"sft.save_every": 1, "checkpoint.background": background}
+    words = textworld.arguments(inputs, tmp_path / "run", stages=STAGES, **settings)
+    real, calls = checkpoint._write, iter(range(1, 10**6))
+
+    def write(path: Path, chunks: Any) -> dict[str, Any]:
+        if next(calls) == call:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, chunks)
+
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, "_write", write)
+        assert textworld.main(words) == 1
+    assert_full(capfd)
+    assert not list((tmp_path / "run" / "journal").rglob("*.tmp"))
     assert textworld.main(words) == 0
     assert textworld.results(tmp_path / "run") == whole

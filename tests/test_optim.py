@@ -9,7 +9,7 @@ from tiny import alone, tiny_model
 from torch import Tensor, nn
 
 from cai_fast import kernels
-from cai_fast.optim import Muon, Optimizer, SplitAdamW, schedule
+from cai_fast.optim import FusedAdamW, Muon, Optimizer, SplitAdamW, schedule
 
 HALF = torch.bfloat16
 
@@ -234,15 +234,53 @@ def test_state_round_trips_bit_for_bit(kind: str) -> None:
     steps(model, optimizer, range(3, 6))
     again, restored = make()
     again.load_state_dict(weights)
-    restored.load_state_dict(state)
+    for key, value in restored.state_dict().items():
+        value.copy_(state[key])
     assert all(torch.equal(value, state[key]) for key, value in restored.state_dict().items())
     assert restored.state_dict().keys() == state.keys()
     steps(again, restored, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     ends = [o.state_dict() for o in (restored, optimizer)]
     assert all(torch.equal(value, ends[1][key]) and value.dtype == ends[1][key].dtype for key, value in ends[0].items())
-    with pytest.raises(ValueError, match="unknown parameters"):
-        restored.load_state_dict({"nope/step": torch.zeros(())})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_state_made_in_advance_changes_no_bit(dtype: torch.dtype) -> None:
+    """It is what the first step makes, of the same types, for a parameter without a gradient too."""
+
+    def run(early: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        named = {n: nn.Parameter(torch.randn(5, 3).to(dtype)) for n in ("a", "b", "unused")}
+        named["vector"] = nn.Parameter(torch.randn(4).to(dtype))
+        if dtype == HALF:
+            optimizer = Optimizer.adamw(named.items(), 0.1, weight_decay=0.1, moments="bfloat16")
+        else:
+            optimizer = Optimizer.muon(named.items(), matrices=["a", "unused"], muon_lr=0.1, lr=0.1)
+        before = optimizer.state_dict() if early else {}
+        assert all(not value.any() for value in before.values())
+        assert not early or {key.split("/")[0] for key in before} == set(named)
+        for _ in range(3):
+            sum(p.float().square().sum() for n, p in named.items() if n != "unused").backward()
+            optimizer.step()
+        state = optimizer.state_dict()
+        assert all(before[key] is value for key, value in state.items() if early), "updated in place"
+        return dict(named), state
+
+    for lazy, early in zip(run(False), run(True), strict=True):
+        assert lazy.keys() == early.keys()
+        assert all(torch.equal(t, early[n]) and t.dtype == early[n].dtype for n, t in lazy.items())
+        assert all(t.stride() == early[n].stride() for n, t in lazy.items())
+
+
+def test_state_made_in_advance_is_that_of_torch() -> None:
+    p = nn.Parameter(torch.randn(3, 5).T)
+    lazy = torch.optim.AdamW([p], fused=True)
+    p.grad = torch.zeros_like(p)
+    lazy.step()
+    made = FusedAdamW.initial(p)
+    assert list(made) == list(lazy.state[p])
+    for key, value in lazy.state[p].items():
+        assert (value.dtype, value.shape, value.stride()) == (made[key].dtype, made[key].shape, made[key].stride())
 
 
 def test_schedules() -> None:

@@ -13,8 +13,9 @@ import torch
 from cai_fast.kernels import common
 from tiny import alone, gradients, relative_difference, tiny_model
 
-from cai_fast import checkpoint, losses
+from cai_fast import losses
 from cai_fast.batching import Example, pack, pack_targets
+from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
 from cai_fast.model import Model, ScalarHead
 from cai_fast.ppo import Critic, Ppo
@@ -229,11 +230,12 @@ def test_resume_is_bitwise(tmp_path: Path, kind: str) -> None:
     whole, first, second = fresh(), fresh(), fresh()
     iterate(whole, range(4))
     iterate(first, range(2))
-    first.save(tmp_path, 2, {"reward_mean": 0.25})
-    state = checkpoint.latest(tmp_path)
-    assert state is not None
-    assert state.step == 2
-    assert second.restore(state) == {"reward_mean": 0.25}
+    with Checkpoints(tmp_path, alone()) as states:
+        first.save(states, 2, {"reward_mean": 0.25})
+        state = states.latest()
+        assert state is not None
+        assert state.step == 2
+        assert second.restore(states, state) == {"reward_mean": 0.25}
     iterate(second, range(2, 4))
     for a, b in ((whole.policy, second.policy), (whole.critic.module, second.critic.module)):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai_fast import model as models
 from cai_fast.batching import pack
+from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Stopped
 from cai_fast.readers import read_comparisons
 from cai_fast.records import write_jsonl
@@ -34,6 +36,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def log(tmp_path: Path) -> RunLog:
     return RunLog(tmp_path / "metrics.jsonl")
+
+
+def states(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, alone())
 
 
 def test_batches_hold_every_sample_once_at_about_the_wanted_size() -> None:
@@ -61,7 +67,7 @@ def test_loss_is_the_weighted_mean_over_samples() -> None:
 
 def test_training_learns(tmp_path: Path, log: RunLog) -> None:
     recipe = replace(RECIPE, steps=24, tokens_per_step=512)
-    model = pretrain.train(recipe, tmp_path / "state", log)
+    model = pretrain.train(recipe, states(tmp_path / "state"), log)
     fresh = [corpus.sample(99, number) for number in range(20)]
     with torch.no_grad():
         assert pretrain.loss(model, fresh) < 0.8 * pretrain.loss(pretrain.initialise(3), fresh)
@@ -70,19 +76,19 @@ def test_training_learns(tmp_path: Path, log: RunLog) -> None:
 def test_interrupted_training_ends_with_the_same_bits(
     tmp_path: Path, log: RunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pretrain.train(RECIPE, tmp_path / "whole", log).state_dict()
+    whole = pretrain.train(RECIPE, states(tmp_path / "whole"), log).state_dict()
     with monkeypatch.context() as patch:
         asked = iter([False, False, True])
         patch.setattr(pretrain, "stop_requested", lambda: next(asked))
         with pytest.raises(Stopped):
-            pretrain.train(RECIPE, tmp_path / "parts", log)
-    resumed = pretrain.train(RECIPE, tmp_path / "parts", log).state_dict()
+            pretrain.train(RECIPE, states(tmp_path / "parts"), log)
+    resumed = pretrain.train(RECIPE, states(tmp_path / "parts"), log).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_base_is_a_plain_llama_checkpoint(tmp_path: Path, log: RunLog) -> None:
     folder = tmp_path / "base"
-    assert not pretrain.make_base(RECIPE, folder, tmp_path / "state", log, use_cache=False)
+    assert not pretrain.make_base(RECIPE, folder, states(tmp_path / "state"), log, use_cache=False)
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text = f"Human: {world.requests(True)[0].text} Assistant:"
     ids = tokenizer(text)["input_ids"]
@@ -98,10 +104,10 @@ def test_base_is_a_plain_llama_checkpoint(tmp_path: Path, log: RunLog) -> None:
 def test_second_run_takes_the_base_from_the_cache(
     tmp_path: Path, log: RunLog, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not pretrain.make_base(RECIPE, tmp_path / "a", tmp_path / "state", log, use_cache=True)
+    assert not pretrain.make_base(RECIPE, tmp_path / "a", states(tmp_path / "state"), log, use_cache=True)
     assert [p.name for p in own_cache.iterdir()] == [f"toy-{RECIPE.key()}"]
     monkeypatch.setattr(pretrain, "train", lambda *_: pytest.fail("trained in spite of the cache"))
-    assert pretrain.make_base(RECIPE, tmp_path / "b", tmp_path / "state", log, use_cache=True)
+    assert pretrain.make_base(RECIPE, tmp_path / "b", states(tmp_path / "state"), log, use_cache=True)
     files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()} and "tokenizer.json" in files
 
@@ -119,7 +125,7 @@ def test_cache_that_cannot_be_written_does_not_stop_the_run(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert not pretrain.make_base(RECIPE, tmp_path / "a", tmp_path / "state", log, use_cache=True)
+    assert not pretrain.make_base(RECIPE, tmp_path / "a", states(tmp_path / "state"), log, use_cache=True)
     assert (tmp_path / "a" / "config.json").is_file() and "not cached" in capsys.readouterr().err
 
 

@@ -17,8 +17,9 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import checkpoint, config, distributed, losses, model, pipeline, readers, records, sampler
+from cai_fast import config, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
+from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -141,11 +142,6 @@ def rows_of(ctx: Context, stage: str) -> list[dict[str, Any]]:
 
 def weights(ctx: Context, name: str) -> dict[str, Tensor]:
     return model.load(ctx.checkpoint(name)).state_dict()
-
-
-def tensors_of(state: dict[str, Any]) -> list[Tensor]:
-    """Of one optimizer, or of several by name."""
-    return [t for v in state.values() for t in (v.values() if isinstance(v, dict) else [v])]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -326,8 +322,10 @@ def test_bf16_weights_and_moments_resume_to_the_same_bits(tmp_path: Path, base: 
         monkeypatch.setattr(distributed, "stop_requested", lambda calls=calls: next(calls) == 1)
         with pytest.raises(Stopped):
             do(ctx, stage)
-        state = checkpoint.latest(ctx.run.state_dir(name))
-        assert {t.dtype for t in tensors_of(state.optimizer)} == {torch.int16, torch.bfloat16, torch.int64}
+        with Checkpoints(ctx.run.state_dir(name), ctx.dist) as states:
+            saved = states.latest()
+        held = {t.dtype for key, t in saved.tensors.items() if key.startswith("optimizer.")}
+        assert held == {torch.int16, torch.bfloat16, torch.int64}
         ctx.run.close()
         monkeypatch.undo()
     ctx = open_run(tmp_path / "parts" / "run", base, **changes)

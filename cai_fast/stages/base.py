@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from cai_fast import pipeline
+from cai_fast.checkpoint import Checkpoints
+from cai_fast.distributed import Distributed
 from cai_fast.pipeline import TOY, Context
 from cai_fast.records import Turn, content_id, write_jsonl
 from cai_fast.toy import helpfulness, pretrain
@@ -38,8 +42,9 @@ def _recipe(ctx: Context) -> pretrain.Recipe:
 
 
 def _make_base(ctx: Context) -> bool:
-    use_cache, state_dir = ctx.config.base.cache, ctx.run.state_dir("base")
-    return pretrain.make_base(_recipe(ctx), ctx.checkpoint("base"), state_dir, ctx.log, use_cache=use_cache)
+    settings, alone = ctx.config.checkpoint, Distributed(0, 1, torch.device("cpu"))
+    states = Checkpoints(ctx.run.state_dir("base"), alone, keep=settings.keep, background=settings.background)
+    return pretrain.make_base(_recipe(ctx), ctx.checkpoint("base"), states, ctx.log, use_cache=ctx.config.base.cache)
 
 
 def _write_comparisons(ctx: Context) -> int:

@@ -172,6 +172,7 @@ def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: 
     settings = FitSettings(
         ctx.config.seed, cfg.epochs, cfg.batch_pairs, cfg.micro_tokens, cfg.lr, cfg.schedule, cfg.warmup_steps,
         cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
+        ctx.config.checkpoint.keep, ctx.config.checkpoint.background,
     )  # fmt: skip
     return fit(
         model, task, settings, stage="pm", state_dir=ctx.run.state_dir(name), log=ctx.log, dist=ctx.dist,

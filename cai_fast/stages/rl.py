@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, checkpoint, pipeline, records, roles
+from cai_fast import chains, pipeline, records, roles
+from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Stopped
 from cai_fast.model import ScalarHead
 from cai_fast.optim import schedule
@@ -40,8 +41,9 @@ class Loop:
         self.reference = roles.reference(ctx)
         self.policy = roles.trained(ctx, "sl_cai", head="lm", name="rl", trunk=self.reference)
         self.sampler = Sampler(ctx, self.policy, self.reference, self.renderer)
-        self.state_dir = ctx.run.state_dir("rl")
-        state = checkpoint.latest(self.state_dir)
+        settings = ctx.config.checkpoint
+        self.states = Checkpoints(ctx.run.state_dir("rl"), ctx.dist, keep=settings.keep, background=settings.background)
+        state = self.states.latest()
         if state is None:
             mean, deviation = 0.0, 1.0
             if self.cfg.reward_transform == "standardise":
@@ -56,7 +58,7 @@ class Loop:
             moments=ctx.config.model.moments,
         )  # fmt: skip
         if state is not None:
-            self.extra = self.ppo.restore(state)
+            self.extra = self.ppo.restore(self.states, state)
         ctx.log.truncate("rl", self.start)
         self.provenance = pipeline.provenance(
             ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
@@ -172,8 +174,9 @@ class Loop:
         stop = self.ctx.dist.stop_agreed()
         if (due or stop) and step > self.start:
             journal.sync()
-            self.ppo.save(self.state_dir, step, self.extra)
+            self.ppo.save(self.states, step, self.extra)
         if stop:
+            self.states.wait()
             raise Stopped
 
     def update(self, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
@@ -188,12 +191,12 @@ class Loop:
 
     def fall_back(self) -> None:
         """After a guard's stop: the newest policy that passed the guards and was saved, else SL-CAI."""
-        state, worst = checkpoint.latest(self.state_dir), self.extra["kl_exact_max"]
+        state, worst = self.states.latest(), self.extra["kl_exact_max"]
         if state is None:
             roles.reset(self.ctx, self.policy, "rl", self.reference)
             self.extra["kl_exact"] = 0.0
         else:
-            self.extra = self.ppo.restore(state)
+            self.extra = self.ppo.restore(self.states, state)
         self.extra["kl_exact_max"] = worst
         self.exported_step = state.step if state else 0
 
@@ -206,9 +209,11 @@ def inputs(ctx: Context) -> dict[str, Any]:
 def run(ctx: Context) -> None:
     """Write rollouts.jsonl and checkpoints/rl_cai."""
     loop = Loop(ctx)
-    reason = loop.run()
+    with loop.states:
+        reason = loop.run()
+        if reason:
+            loop.fall_back()
     if reason:
-        loop.fall_back()
         ctx.log.warn(f"rl: stopped by a guard at {reason}; exporting the policy after {loop.exported_step} iterations")
     ctx.dist.barrier()
     rows = ctx.dist.on_main(lambda: write_rollouts(ctx))

@@ -44,6 +44,7 @@ def run(ctx: Context) -> None:
     settings = FitSettings(
         ctx.config.seed, cfg.epochs, cfg.batch_tokens, cfg.micro_tokens, cfg.lr, cfg.schedule, cfg.warmup_steps,
         cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
+        ctx.config.checkpoint.keep, ctx.config.checkpoint.background,
     )  # fmt: skip
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
     roles.export(ctx, model, "sl_cai", renderer.tokenizer)

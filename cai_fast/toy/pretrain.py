@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from cai_fast import checkpoint, kernels
+from cai_fast import kernels
 from cai_fast.batching import pack
-from cai_fast.checkpoint import TrainState
+from cai_fast.checkpoint import Checkpoints, Saved, TrainState
 from cai_fast.distributed import Stopped, stop_requested
 from cai_fast.model import Model, ModelConfig
 from cai_fast.model.config import Rope
@@ -128,18 +128,19 @@ def make_optimizer(model: Model, recipe: Recipe) -> Optimizer:
     )
 
 
-def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
-    """Pretrain, resuming from `state_dir`; SIGTERM saves the state and raises Stopped."""
+def train(recipe: Recipe, states: Checkpoints, log: RunLog) -> Model:
+    """Pretrain, resuming from `states`; SIGTERM saves the state and raises Stopped."""
     model = initialise(recipe.seed)
     optimizer = make_optimizer(model, recipe)
-    state = checkpoint.latest(state_dir) or TrainState()
+    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_dict().items()}
+    state = states.latest() or Saved()
     if state.step:
-        model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
+        states.load(state, tensors)
     log.truncate("base", state.step)
     average = state.extra.get("loss", math.nan)
     stream = islice(batches(recipe.seed, recipe.tokens_per_step), state.step, recipe.steps)
-    with log.progress(recipe.steps, "base", "step", initial=state.step) as bar:
+    with states, log.progress(recipe.steps, "base", "step", initial=state.step) as bar:
         for step, batch in enumerate(stream, state.step):
             value = loss(model, batch)
             value.backward()
@@ -154,13 +155,9 @@ def train(recipe: Recipe, state_dir: Path, log: RunLog) -> Model:
                 log.metrics("base", step, {"base/loss": now})
             done, stop = step + 1, stop_requested()
             if stop or done % SAVE_EVERY == 0 or done == recipe.steps:
-                checkpoint.save(
-                    state_dir,
-                    TrainState(
-                        step=done, model=model.state_dict(), optimizer=optimizer.state_dict(), extra={"loss": average}
-                    ),
-                )
+                states.save(TrainState(done, extra={"loss": average}, tensors=tensors))
             if stop:
+                states.wait()
                 raise Stopped
     return model
 
@@ -193,14 +190,14 @@ def cache_root() -> Path:
     return Path(base) / "cai_fast"
 
 
-def make_base(recipe: Recipe, folder: Path, state_dir: Path, log: RunLog, *, use_cache: bool) -> bool:
+def make_base(recipe: Recipe, folder: Path, states: Checkpoints, log: RunLog, *, use_cache: bool) -> bool:
     """Put the base model into `folder`, from the cache if it is there; returns whether it was."""
     cached = cache_root() / f"toy-{recipe.key()}"
     if use_cache and (cached / "config.json").is_file():
         log.info(f"base: taken from {cached}")
         shutil.copytree(cached, folder, dirs_exist_ok=True)
         return True
-    model = train(recipe, state_dir, log)
+    model = train(recipe, states, log)
     model.save(folder, tokenizer=ToyTokenizer())
     if use_cache:
         _keep(folder, cached, log)
