@@ -1,7 +1,9 @@
 """What a rank of a test trains with sharded models, and one process with whole ones, from the same checkpoint."""
 
+import itertools
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -55,17 +57,39 @@ def trained(folder: Path, dist: Distributed, head: str, new_head: int | None = N
     return load(folder, head=head, new_head=new_head, prepare=prepare)
 
 
-def sft(folder: Path, dist: Distributed, settings: FitSettings = SETTINGS) -> dict[str, Model]:
-    """Several steps of supervised fine-tuning."""
+def sft(folder: Path, dist: Distributed, state: str = "", stop: int = 0) -> dict[str, Model]:
+    """Several steps of supervised fine-tuning; state: name of the folder of states; stop: in this micro-batch."""
     model = trained(folder / "lm", dist, "lm")
+    passes = itertools.count(1)
 
     def loss(items: list[int], scale: float) -> tuple[Tensor, losses.Stats]:
+        if next(passes) == stop and dist.rank == dist.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return losses.sft_loss(model, pack_targets([EXAMPLES[i] for i in items]), scale)
 
     lengths = [e.tokens for e in EXAMPLES]
     task = Task("sft", lengths, [len(e.target_ids) for e in EXAMPLES], loss, lengths)
-    _fit(model, task, folder, dist, settings)
+    try:
+        _fit(model, task, folder, dist, state)
+    except distributed.Stopped:
+        assert stop
     return {"model": model}
+
+
+def stopped(folder: Path, dist: Distributed) -> dict[str, Model]:
+    """Training that a signal to the last rank stops."""
+    distributed.install_signal_handlers()
+    try:
+        return sft(folder, dist, f"begun.{dist.world}", stop=3)
+    finally:
+        distributed.install_signal_handlers()  # forgets the signal
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def continued(folder: Path, dist: Distributed) -> dict[str, Model]:
+    """Training that goes on from what the other number of ranks has left."""
+    return sft(folder, dist, f"begun.{3 - dist.world}")
 
 
 def pm(folder: Path, dist: Distributed) -> dict[str, Model]:
@@ -78,14 +102,14 @@ def pm(folder: Path, dist: Distributed) -> dict[str, Model]:
         return losses.preference_loss(model, packed, prob_a, torch.ones(len(items)), scale)
 
     task = Task("pm", [5 + i % 13 for i in range(24)], [1.0] * 24, loss, [6.0] * 24, ("loss", "accuracy", "margin"))
-    _fit(model, task, folder, dist, SETTINGS)
+    _fit(model, task, folder, dist)
     return {"model": model}
 
 
-def _fit(model: Model, task: Task, folder: Path, dist: Distributed, settings: FitSettings) -> None:
-    log = RunLog(folder / f"metrics.{task.name}.{dist.world}.jsonl", dist.is_main)
-    state_dir = folder / f"state.{task.name}.{dist.world}"
-    fit.fit(model, task, settings, stage=task.name, state_dir=state_dir, log=log, dist=dist)
+def _fit(model: Model, task: Task, folder: Path, dist: Distributed, state: str = "") -> None:
+    log = RunLog(folder / f"metrics{state}.{task.name}.{dist.world}.jsonl", dist.is_main)
+    state_dir = folder / (state or f"state.{task.name}.{dist.world}")
+    fit.fit(model, task, SETTINGS, stage=task.name, state_dir=state_dir, log=log, dist=dist)
 
 
 def ppo(folder: Path, dist: Distributed, critic: str = "own") -> dict[str, Model]:

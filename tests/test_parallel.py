@@ -19,8 +19,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """(folder of what one and two ranks made of the same models, whether the embedding is the output head)."""
     folder, tied = tmp_path_factory.mktemp("sharded"), request.param
     sharded.write_models(folder, tied)
-    sharded.run(folder, STEPS, 1)
-    sharded.run(folder, [*STEPS, "fault", "facts"], 2)
+    sharded.run(folder, [*STEPS, "stopped"], 1)
+    sharded.run(folder, [*STEPS, "stopped", "continued", "fault", "facts"], 2)
+    sharded.run(folder, ["continued"], 1)
     return folder, tied
 
 
@@ -38,6 +39,17 @@ def test_steps_of_every_role_equal_one_process(results: tuple[Path, bool], name:
     start = sharded.weights(folder, "lm")
     moved = {n: t for n, t in one.items() if n in start}
     assert relative_difference(moved, {n: start[n] for n in moved}) > 1e-3, "nothing was trained"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_continues_on_another_number_of_ranks(results: tuple[Path, bool], world: int) -> None:
+    folder, _ = results
+    whole, half, done = (
+        sharded.weights(folder, name)
+        for name in ("sft.model.1", f"stopped.model.{3 - world}", f"continued.model.{world}")
+    )
+    assert relative_difference(half, whole) > 1e-3, "the signal came too late"
+    assert relative_difference(done, whole) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["sft", "pm"])
