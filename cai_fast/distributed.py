@@ -47,6 +47,7 @@ class Distributed:
     device: torch.device
     store: torch_dist.Store | None = None
     counters: dict[str, int] = field(default_factory=dict)
+    names: int = 0  # given by `fresh`
 
     @property
     def is_main(self) -> bool:
@@ -117,6 +118,38 @@ class Distributed:
         if errors := [outcome["error"] for outcome in found if "error" in outcome]:
             raise InputError(errors[0])
         return [outcome["result"] for outcome in found]
+
+    def share(self, count: int, work: Callable[[int], Any]) -> list[Any]:
+        """Collective: `work(number)` for number = 0 ... count - 1, each done by the rank that is free first; all JSON
+        results in the order of the numbers, on every rank.
+
+        After an InputError of one rank or a stop signal nobody begins another number, and all ranks raise: that
+        error, or Stopped.
+        """
+        name = self.fresh("share")
+
+        def mine() -> list[tuple[int, Any]]:
+            done = []
+            try:
+                while (number := self.next_item(name)) < count:
+                    done.append((number, work(number)))
+                    if stop_requested():
+                        break
+            finally:
+                self.add(name, count)  # whoever leaves early leaves nothing for the others
+            return done
+
+        found = dict(item for by_rank in self.gather_objects(mine) for item in by_rank)
+        if self.stop_agreed():
+            raise Stopped
+        if missing := [number for number in range(count) if number not in found]:
+            raise RuntimeError(f"{len(missing)} of {count} shared pieces of work were lost, e.g. number {missing[0]}")
+        return [found[number] for number in range(count)]
+
+    def fresh(self, name: str) -> str:
+        """A name for a counter that was never used; ranks that ask equally often get the same one."""
+        self.names += 1
+        return f"{name}/{self.names}"
 
     def next_item(self, name: str) -> int:
         """0, 1, 2, ... over all ranks together; not collective. Use a new `name` for every list of work items."""

@@ -5,24 +5,16 @@ bootstrapped over prompts, and the majority letter is the baseline to beat.
 """
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from cai_fast import elo, measure
+from cai_fast import elo, measure, sharing
 from cai_fast.pipeline import Context
 from cai_fast.readers import Question
 from cai_fast.scorer import Scorer
 from cai_fast.tokenizer import Renderer
-
-
-def evaluate(ctx: Context, questions: Sequence[Question], pm: Scorer, renderer: Renderer) -> dict[str, Any]:
-    """Accuracy of the judge (mc) and of the preference model (pm, where rows carry both responses)."""
-    result: dict[str, Any] = {"mc": _multiple_choice(ctx, questions)}
-    paired = [q for q in questions if q.turns is not None]
-    if paired:
-        result["pm"] = _preference(ctx, paired, pm, renderer)
-    return result
 
 
 def _interval(ctx: Context, right: Sequence[float], questions: Sequence[Question]) -> dict[str, Any]:
@@ -37,43 +29,44 @@ def _cluster(question: Question) -> str:
     return question.prompt
 
 
-def _multiple_choice(ctx: Context, questions: Sequence[Question]) -> dict[str, Any]:
-    """Sum of the answer's token log-probabilities after the prompt; the highest wins."""
+def multiple_choice(ctx: Context, questions: Sequence[Question]) -> dict[str, Any]:
+    """Accuracy of the judge: sum of the answer's token log-probabilities after the prompt; the highest wins.
+    Collective."""
     renderer, model = ctx.renderer("judge"), ctx.model("judge")
     tokenizer = renderer.tokenizer
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompts, answers = [], []
-    for q in questions:
-        for answer in (q.correct, *q.incorrect):
-            prompts.append(start + tokenizer.encode(q.prompt))
-            answers.append(tokenizer.encode(answer))
+    prompts = [start + tokenizer.encode(q.prompt) for q in questions]
+    answers = [[tokenizer.encode(answer) for answer in (q.correct, *q.incorrect)] for q in questions]
     limit = model.config.max_position_embeddings
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    engine = ctx.engine(model, renderer, min(longest, limit))
-    fits = [len(p) + len(a) <= limit for p, a in zip(prompts, answers, strict=True)]
-    kept = [i for i, fit in enumerate(fits) if fit]
-    scored = engine.logprobs([prompts[i] for i in kept], [answers[i] for i in kept])
-    totals = dict(zip(kept, map(sum, scored), strict=True))
-    right, probs, used, at = [], [], [], 0
-    for q in questions:
-        rows = range(at, at + 1 + len(q.incorrect))
-        at = rows.stop
-        if all(i in totals for i in rows):
-            values = [totals[i] for i in rows]
-            right.append(float(values[0] > max(values[1:])))
-            probs.append(math.exp(values[0] - _logsumexp(values)))
-            used.append(q)
+    longest = [len(prompt) + max(map(len, options)) for prompt, options in zip(prompts, answers, strict=True)]
+    kept = [i for i, length in enumerate(longest) if length <= limit]
+    engine = ctx.engine(model, renderer, min(max(longest), limit))
+
+    def process(numbers: list[int]) -> list[list[float]]:
+        asked = [(prompts[i], answer) for i in numbers for answer in answers[i]]
+        totals = map(sum, engine.logprobs([prompt for prompt, _ in asked], [answer for _, answer in asked]))
+        return [[next(totals) for _ in answers[i]] for i in numbers]
+
+    # Questions about one prompt share its computation.
+    tokens = [sum(len(prompts[i]) + len(answer) for answer in answers[i]) for i in kept]
+    parts = sharing.token_chunks(tokens, [questions[i].prompt for i in kept])
+    scored = sharing.shared(ctx, "evaluate: multiple choice", kept, parts, process)
+    used = [questions[i] for i in kept]
+    right = [float(values[0] > max(values[1:])) for values in scored]
+    probs = [math.exp(values[0] - _logsumexp(values)) for values in scored]
     letters = Counter(q.correct for q in used)
     return {
         "accuracy": _interval(ctx, right, used),
-        "majority_letter": max(letters.values()) / max(1, len(used)),
+        "majority_letter": max(letters.values(), default=0) / max(1, len(used)),
         "calibration": elo.calibration(probs + [1 - p for p in probs], [1.0] * len(probs) + [0.0] * len(probs)),
         "too_long": len(questions) - len(used),
     }
 
 
-def _preference(ctx: Context, questions: Sequence[Question], pm: Scorer, renderer: Renderer) -> dict[str, Any]:
-    """PM mode: score(correct response) > score(incorrect response) after the same conversation."""
+def preference(ctx: Context, questions: Sequence[Question], pm: Scorer, renderer: Renderer) -> dict[str, Any]:
+    """Accuracy of a preference model where questions carry both responses: score(correct response) > score(incorrect
+    response) after the same conversation. Collective."""
+    began = time.monotonic()
     limit = pm.model.config.max_position_embeddings
     sequences, used = [], []
     for q in questions:
@@ -84,7 +77,9 @@ def _preference(ctx: Context, questions: Sequence[Question], pm: Scorer, rendere
         if max(map(len, pair)) <= limit:
             sequences += pair
             used.append(q)
-    scores = pm.scores(sequences, [_cluster(q) for q in used for _ in range(2)]).tolist()
+    groups = [_cluster(q) for q in used for _ in range(2)]
+    scores = measure.scores(ctx, "evaluate: preferences", pm, sequences, groups)
+    ctx.log_work("evaluate", len(used), time.monotonic() - began)
     right = [float(a > b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
     return {"accuracy": _interval(ctx, right, used), "too_long": len(questions) - len(used)}
 

@@ -1,23 +1,24 @@
 """Measurements that need models: answers of a policy, preference scores, exact KL, the judge's verdicts.
 
-Everything is keyed and journaled like the other stages' work, so an interrupted evaluation continues.
+All of it is shared by the ranks. What is generated is keyed and journaled like the other stages' work, so an
+interrupted evaluation continues; what is computed in one pass is done again.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from cai_fast import kernels, pipeline
-from cai_fast.batching import Example, bins, pack_targets, segment_sum
+from cai_fast import kernels, pipeline, sharing
+from cai_fast.batching import Example, pack_targets, segment_sum
 from cai_fast.judging import Judge
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
 from cai_fast.records import Comparison, Prompt, content_id
-from cai_fast.scorer import MICRO_TOKENS, Scorer
+from cai_fast.scorer import Scorer
 from cai_fast.tokenizer import Renderer
 
 
@@ -41,8 +42,8 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
     def process(ids: list[str]) -> Iterator[dict]:
         if not worker:
             renderer = ctx.renderer(role)
-            length = pipeline.longest(renderer, ctx.config.data.max_prompt_tokens, cfg.max_new_tokens)
-            worker.append((renderer, ctx.engine(ctx.model(role), renderer, length)))
+            room = pipeline.round_up(ctx.config.data.max_prompt_tokens + cfg.max_new_tokens)
+            worker.append((renderer, ctx.engine(ctx.model(role), renderer, room)))
         renderer, engine = worker[0]
         spec = pipeline.sampling(renderer, "response", cfg.temperature, cfg.max_new_tokens)
         keys = [ctx.key(f"evaluate/{role}", i, cfg.seed_offset) for i in ids]
@@ -66,31 +67,51 @@ def answers(ctx: Context, role: str, prompts: Sequence[Prompt]) -> list[Answer]:
     ]
 
 
-def score_answers(ctx: Context, scorer: Scorer, renderer: Renderer, rows: Sequence[Answer]) -> list[float]:
-    """Preference scores of answers; those to one prompt are a group. Collective: logs the work."""
-    began = time.monotonic()
+def scores(
+    ctx: Context, name: str, scorer: Scorer, sequences: Sequence[list[int]], groups: Sequence[Hashable]
+) -> list[float]:
+    """Preference scores [B] of token sequences by all ranks; `groups` [B] as in `Scorer.scores`. Collective."""
+
+    def process(items: list[tuple[list[int], Hashable]]) -> list[float]:
+        return scorer.scores(*zip(*items, strict=True)).tolist()
+
+    items = list(zip(sequences, groups, strict=True))
+    return sharing.shared(ctx, name, items, sharing.token_chunks([*map(len, sequences)], groups), process)
+
+
+def score_answers(ctx: Context, name: str, scorer: Scorer, role: str, rows: Sequence[Answer]) -> list[float]:
+    """Preference scores of answers of the model in `role`; those to one prompt are a group. Collective: logs the work.
+
+    Its tokens as they are where the preference models have its tokenizer, else its texts encoded anew.
+    """
+    began, renderer = time.monotonic(), ctx.renderer("pm_eval")
+    if renderer.tokenizer.hash != ctx.renderer(role).tokenizer.hash:
+        encoded = [renderer.response_ids(a.text) for a in rows]  # with the stop token
+        rows = [replace(a, token_ids=ids if a.stopped else ids[:-1]) for a, ids in zip(rows, encoded, strict=True)]
     sequences = [renderer.preference(a.prompt.turns, a.token_ids) for a in rows]
-    scores = scorer.scores(sequences, [a.prompt.id for a in rows]).tolist()
+    result = scores(ctx, name, scorer, sequences, [a.prompt.id for a in rows])
     ctx.log_work("evaluate", len(rows), time.monotonic() - began)
-    return scores
+    return result
 
 
-@torch.no_grad()
-def exact_kl(policy: Model, reference: Model, renderer: Renderer, rows: Sequence[Answer]) -> list[float]:
-    """Sum over the response's tokens of KL(policy || reference) over the whole vocabulary, in nats per answer."""
-    kl = [0.0] * len(rows)
-    examples = [Example(str(i), renderer.dialogue(a.prompt.turns), a.token_ids) for i, a in enumerate(rows)]
-    device = policy.device
-    for group in bins([e.tokens for e in examples], MICRO_TOKENS):
-        batch = pack_targets([examples[i] for i in group], device)
+def exact_kl(
+    ctx: Context, name: str, policy: Model, reference: Model, renderer: Renderer, rows: Sequence[Answer]
+) -> list[float]:
+    """Sum over the response's tokens of KL(policy || reference) over the whole vocabulary, in nats per answer; by all
+    ranks. Collective."""
+    examples = [Example(a.prompt.id, renderer.dialogue(a.prompt.turns), a.token_ids) for a in rows]
+
+    @torch.no_grad()
+    def process(group: list[Example]) -> list[float]:
+        batch = pack_targets(group, policy.device)
         packed = batch.packed
         states = [
             m.hidden(packed.token_ids, packed.positions, packed.cu_seqlens)[batch.rows] for m in (policy, reference)
         ]
         tokens = kernels.linear_kl(states[0], policy.lm_head_weight, states[1], reference.lm_head_weight).kl
-        for i, value in zip(group, segment_sum(tokens, batch.cu_targets).tolist(), strict=True):
-            kl[i] = value
-    return kl
+        return segment_sum(tokens, batch.cu_targets).tolist()
+
+    return sharing.shared(ctx, name, examples, sharing.token_chunks([e.tokens for e in examples]), process)
 
 
 @dataclass(frozen=True)

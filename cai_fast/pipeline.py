@@ -16,7 +16,7 @@ from cai_fast import readers, records, rng
 from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
-from cai_fast.distributed import Distributed, Stopped, stop_requested
+from cai_fast.distributed import Distributed
 from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
@@ -285,16 +285,18 @@ def journaled(
     """
     done = _journal_rows(ctx, stage)
     pending = [item for item in ids if item not in done]
+    chunk = _chunk(ctx, len(pending), chunk)
     chunks = [pending[start : start + chunk] for start in range(0, len(pending), chunk)]
     began = time.monotonic()
     ctx.dist.barrier()  # nobody appends before everybody has read
     if done and pending:
         ctx.log.info(f"{stage}: {len(ids) - len(pending)} of {len(ids)} rows were already done")
-    rows_done = f"{stage}/rows"
+    rows_done = ctx.dist.fresh("rows")
     known = len(ids) - len(pending)
     with ctx.progress(len(ids), stage, "row", initial=known, done=lambda: ctx.dist.add(rows_done, 0)) as bar:
         with ctx.run.journal(stage, ctx.dist.rank) as journal:
-            while (number := ctx.dist.next_item(stage)) < len(chunks):
+
+            def work(number: int) -> None:
                 expected = set(chunks[number])
                 for row in process(chunks[number]):
                     expected.remove(row["id"])
@@ -305,11 +307,8 @@ def journaled(
                     raise RuntimeError(
                         f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}"
                     )
-                if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
-                    break
-        stop = ctx.dist.stop_agreed()  # before the bar is closed: it counts the other ranks' last rows too
-    if stop:
-        raise Stopped
+
+            ctx.dist.share(len(chunks), work)
     ctx.dist.barrier()
     ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)
     rows = _journal_rows(ctx, stage)
@@ -322,6 +321,14 @@ def _journal_rows(ctx: Context, stage: str) -> dict[str, dict[str, Any]]:
         with Journal(path) as journal:
             rows.update((row["id"], row) for row in journal.rows())
     return rows
+
+
+def _chunk(ctx: Context, total: int, chunk: int) -> int:
+    """Items in a chunk, at most `chunk`: few enough that every rank gets several, but as many as an engine takes at
+    once where there are that many for every rank."""
+    world, batch = ctx.dist.world, ctx.config.engine.max_batch
+    share = max(-(-total // (4 * world)), min(batch, -(-total // world)))
+    return chunk if world == 1 else max(1, min(chunk, share))
 
 
 def longest(renderer: Renderer, *lengths: int) -> int:

@@ -72,6 +72,7 @@ class Progress:
         self.started = self.printed = clock()
         self.tokens_before = 0 if tokens is None else tokens()
         self.note = ""
+        self.shown = -1  # count in the last line
         self.bar: tqdm[Any] | None = None
         if file is not None and file.isatty():  # shown as often as it is told to
             self.bar = tqdm(total=total, desc=desc, unit=" " + unit, initial=initial, file=file, dynamic_ncols=True,
@@ -103,6 +104,9 @@ class Progress:
             self.bar.set_postfix_str(", ".join(notes), refresh=False)
             self.bar.update(self.count - self.bar.n)
             return
+        if self.count == self.shown == self.total:
+            return  # stage rl samples once more after its last step
+        self.shown = self.count
         rate = (self.count - self.initial) / elapsed if elapsed > 0 else 0.0
         left = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
         parts = [f"{self.desc}: {self.count}/{self.total} {self.unit}", f"{rate:.3g}/s"]

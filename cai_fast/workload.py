@@ -181,7 +181,7 @@ def _compare(config: Config, counts: dict[str, int], renderer: Renderer) -> Work
     # Both answers of a pair have one prompt, but two models compute it twice.
     prompts = pairs + round(pairs * cfg.base_fraction)
     phase = Phase(2 * pairs, 2 * min(cfg.chunk, pairs), prompt, cfg.max_new_tokens, prompts * prompt)
-    room = _room(config, renderer, cfg.max_new_tokens)
+    room = config.engine.max_len or pipeline.round_up(prompt + cfg.max_new_tokens)
     return Work("compare", "base", room, (phase,), engines=2 if cfg.base_fraction else 1)
 
 
@@ -237,7 +237,8 @@ def _evaluate(
         3 * answered, min(ANSWERS_AT_ONCE * config.compare.chunk, answered), prompt, cfg.max_new_tokens,
         3 * answered * prompt,
     )  # fmt: skip
-    made = [Work("evaluate: policies", "base", _room(config, renderer("base"), cfg.max_new_tokens), (phase,))]
+    room = config.engine.max_len or pipeline.round_up(prompt + cfg.max_new_tokens)
+    made = [Work("evaluate: policies", "base", room, (phase,))]
     if red_team:
         chains = _chains(config, renderer("assistant"), red_team, deterministic)
         made.append(dataclasses.replace(chains, name="evaluate: chains"))

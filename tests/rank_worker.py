@@ -94,14 +94,14 @@ def rows(folder: Path, dist: distributed.Distributed) -> None:
     run.close()
 
 
-def start(function: str, *arguments: object, world: int = 2) -> list[str]:
-    """Run `function(*arguments, dist)` of this file on `world` gloo ranks; what each wrote to stderr."""
+def start(function: str, *arguments: object, world: int = 2, script: str = __file__) -> list[str]:
+    """Run `function(*arguments, dist)` of `script` on `world` gloo ranks; what each wrote to stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    line = [sys.executable, __file__, function, *map(str, arguments)]
+    line = [sys.executable, script, function, *map(str, arguments)]
     workers = [subprocess.Popen(line, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
                for rank in range(world)]  # fmt: skip
     texts = [worker.communicate(timeout=120)[1] for worker in workers]

@@ -38,6 +38,7 @@ GROUPS = [
     {"toy", "report"},
     {
         "pipeline",
+        "sharing",
         "roles",
         "workload",
         "capacity",

@@ -40,6 +40,13 @@ def test_prompts_with_mass(model: Model) -> None:
     assert torch.equal(engine(model).score(prompts[3:4], OPTIONS), logprob[3:4])
 
 
+def test_masses_do_not_depend_on_other_prompts(model: Model) -> None:
+    prompts, letters = some_prompts(40), [[1], [2]]
+    mass = engine(model).score(prompts, letters, return_mass=True)[1]
+    for count in (1, 5, 12):
+        assert torch.equal(engine(model).score(prompts[:count], letters, return_mass=True)[1], mass[:count])
+
+
 def random_tree(rng: random.Random, depth: int) -> Tree:
     width = rng.randint(1, 3) if depth else 0
     low = 0 if width else 1

@@ -118,6 +118,18 @@ def test_large_token_rates_are_short_and_stand_before_other_values():
     assert out.getvalue().splitlines()[0] == "rl: 1/2 step, 0.1/s, ETA 00:10, 2.10k tokens/s, kl 0.5"
 
 
+def test_the_last_line_is_shown_once():
+    clock, out = Clock(), io.StringIO()
+    with Progress(2, "rl", "step", file=out, clock=clock) as progress:
+        for more in (1, 1, 0, 0):  # stage rl samples once more after its last step
+            clock.now += 10.0
+            progress.update(more) if more else progress.tick()
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["rl: 1/2 step", "rl: 2/2 step"]
+    with Progress(2, "rl", "step", initial=2, file=out, clock=clock):
+        pass
+    assert len(out.getvalue().splitlines()) == 3
+
+
 def test_rate_and_eta_are_those_of_all_ranks():
     clock, out = Clock(), io.StringIO()
     with Progress(200, "compare", "row", initial=40, file=out, clock=clock, done=lambda: 60) as progress:

@@ -142,7 +142,8 @@ def _mass(hidden: Tensor, weight: Tensor, option_ids: Tensor) -> Tensor:
     """Full-vocabulary probability [B] of all options together."""
     ids = option_ids[option_ids >= 0].unique()
     lse = kernels.linear_logprob(hidden, weight, ids[:1].expand(hidden.shape[0]), tiled=True).lse
-    return torch.exp(torch.logsumexp(hidden.float() @ weight[ids].float().T, 1) - lse)
+    logits = (hidden.float()[:, None] * weight[ids].float()).sum(2)  # the bits of a GEMM depend on its number of rows
+    return torch.exp(torch.logsumexp(logits, 1) - lse)
 
 
 def logprobs(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cai_fast import pipeline
+from cai_fast import pipeline, sharing
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Distributed
 from cai_fast.pipeline import TOY, Context
@@ -17,6 +17,7 @@ from cai_fast.records import Turn, content_id, write_jsonl
 from cai_fast.toy import helpfulness, pretrain
 
 MAX_NEW_TOKENS = 48  # no answer of the grammar is longer
+PROMPTS_AT_ONCE = 128
 
 
 def inputs(ctx: Context) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def run(ctx: Context) -> None:
     cached = ctx.dist.on_main(lambda: _make_base(ctx))  # one rank: the model is too small to share
     outputs, summary = ["checkpoints/base"], asdict(_recipe(ctx)) | {"from_cache": cached}
     if ctx.config.data.preferences == TOY:
-        summary["comparisons"] = ctx.dist.on_main(lambda: _write_comparisons(ctx))
+        summary["comparisons"] = _write_comparisons(ctx)
         outputs.append("preferences.jsonl")
     ctx.run.finish("base", outputs, summary)
 
@@ -48,6 +49,8 @@ def _make_base(ctx: Context) -> bool:
 
 
 def _write_comparisons(ctx: Context) -> int:
+    """Write preferences.jsonl; returns its number of rows. Collective: every rank draws all prompts, in the same order,
+    and samples a part of their answers."""
     renderer = ctx.renderer("base")
     limit = pipeline.longest(renderer, ctx.config.data.max_prompt_tokens, MAX_NEW_TOKENS)
     engine = ctx.engine(ctx.model("base"), renderer, limit)
@@ -57,10 +60,15 @@ def _write_comparisons(ctx: Context) -> int:
         nonlocal calls
         calls += 1
         spec = pipeline.sampling(renderer, "response", temperature, MAX_NEW_TOKENS)
-        rendered = [renderer.dialogue((Turn("human", prompt),)) for prompt in prompts]
-        keys = [ctx.key("base", f"{calls}/{number}") for number in range(len(prompts))]
-        done = engine.generate(rendered, spec, keys=keys)
-        return [renderer.finish(c.token_ids, "response").text for c in done]
+
+        def process(numbers: list[int]) -> list[str]:
+            rendered = [renderer.dialogue((Turn("human", prompts[number]),)) for number in numbers]
+            keys = [ctx.key("base", f"{calls}/{number}") for number in numbers]
+            done = engine.generate(rendered, spec, keys=keys, progress=ctx.tick)
+            return [renderer.finish(c.token_ids, "response").text for c in done]
+
+        parts = sharing.even(len(prompts), PROMPTS_AT_ONCE)
+        return sharing.shared(ctx, f"base: answers, part {calls}", range(len(prompts)), parts, process)
 
     rows = helpfulness.comparisons(ctx.config.seed, ctx.config.base.comparisons, sampler)
     # A row is a function of the base model, the seed and its number: corpus and samples are drawn together.
@@ -69,5 +77,6 @@ def _write_comparisons(ctx: Context) -> int:
         {"id": content_id("preference", number, row), **row, "provenance": made | {"row": number}}
         for number, row in enumerate(rows)
     ]
-    write_jsonl(ctx.run.path("preferences.jsonl"), found)
+    if ctx.dist.is_main:
+        write_jsonl(ctx.run.path("preferences.jsonl"), found)
     return len(found)

@@ -88,8 +88,8 @@ class Worker:
         self.ctx, cfg = ctx, ctx.config.compare
         self.roles = ["sl_cai"] + (["base"] if cfg.base_fraction else [])
         self.renderers = {role: ctx.renderer(role) for role in self.roles}
-        longest = pipeline.longest(self.renderers["sl_cai"], ctx.config.data.max_prompt_tokens, cfg.max_new_tokens)
-        self.engines = {role: ctx.engine(ctx.model(role), self.renderers[role], longest) for role in self.roles}
+        room = pipeline.round_up(ctx.config.data.max_prompt_tokens + cfg.max_new_tokens)
+        self.engines = {role: ctx.engine(ctx.model(role), self.renderers[role], room) for role in self.roles}
         self.spec = pipeline.sampling(self.renderers["sl_cai"], "response", cfg.temperature, cfg.max_new_tokens)
 
     def roles_of(self, item: str) -> tuple[str, str]:

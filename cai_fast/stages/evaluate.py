@@ -17,6 +17,7 @@ from cai_fast import chains, elo, hhh, measure, pipeline, readers, records
 from cai_fast.files import write_atomic
 from cai_fast.measure import Answer, Verdict
 from cai_fast.pipeline import TOY, Context
+from cai_fast.readers import Question
 from cai_fast.records import Comparison, Label, Prompt
 from cai_fast.scorer import Scorer
 
@@ -36,7 +37,8 @@ def inputs(ctx: Context) -> dict[str, Any]:
 
 def run(ctx: Context) -> None:
     """Write evaluation.json and answers.jsonl."""
-    evaluation = Evaluation(ctx)
+    questions = readers.read_hhh(ctx.config.evaluate.hhh) if ctx.config.evaluate.hhh else []
+    evaluation = Evaluation(ctx, questions)
     result = {
         "policies": evaluation.policies(),
         "revisions": evaluation.revisions(),
@@ -44,9 +46,8 @@ def run(ctx: Context) -> None:
         "pm": evaluation.preference_models(),
         "elo": evaluation.elo(),
     }
-    if ctx.config.evaluate.hhh:
-        questions = readers.read_hhh(ctx.config.evaluate.hhh)
-        result["hhh"] = hhh.evaluate(ctx, questions, evaluation.pm_eval, evaluation.renderer)
+    if questions:
+        result["hhh"] = evaluation.hhh
     if ctx.dist.is_main:
         write_atomic(ctx.run.path("evaluation.json"), json.dumps(result, indent=1, allow_nan=False).encode())
         rows = [
@@ -76,13 +77,13 @@ def toy_truth(config: Any) -> Truth | None:
 
 
 class Evaluation:
-    """The answers of all policies, and every table made of them."""
+    """What the models say, gathered with no more of them in memory than one measurement needs, and every table made of
+    it. Making one is collective."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context, questions: Sequence[Question]) -> None:
         self.ctx, cfg = ctx, ctx.config.evaluate
         self.truth = toy_truth(ctx.config)
         self.renderer = ctx.renderer("pm_eval")
-        self.pm_eval = ctx.scorer(ctx.model("pm_eval"))
         counts = {"red_team": cfg.num_red_team, "benign": cfg.num_helpful}
         self.prompts = {
             group: pipeline.take(
@@ -94,17 +95,74 @@ class Evaluation:
         for policy in POLICIES:
             both = measure.answers(ctx, policy, [p for group in self.prompts.values() for p in group])
             self.answers[policy] = {group: [a for a in both if a.prompt.kind == kind] for group, kind in GROUPS.items()}
-        self.pm_scores = self.scores(self.pm_eval)
-        self._verdicts: list[Verdict] | None = None
+        self.kl = self._divergences()
+        self.steps = self._chains()
+        self.verdicts = self._judged()
+        self.hhh = {"mc": hhh.multiple_choice(ctx, questions)} if questions else {}
+        pm_eval = ctx.scorer(ctx.model("pm_eval"))
+        self.pm_scores = {"pm_eval": self._scores("pm_eval", pm_eval, tuple(GROUPS))}
+        self.step_scores = self._step_scores(pm_eval)
+        if paired := [q for q in questions if q.turns is not None]:
+            self.hhh["pm"] = hhh.preference(ctx, paired, pm_eval, self.renderer)
+        del pm_eval
+        if self.truth is not None:
+            self.pm_scores["pm"] = self._scores("pm", ctx.scorer(ctx.model("pm")), ["red_team"])
 
-    def scores(self, scorer: Scorer, groups: Sequence[str] = tuple(GROUPS)) -> dict[str, dict[str, list[float]]]:
-        """Preference scores by policy and group of prompts, of all policies' answers together. Collective."""
+    def _divergences(self) -> dict[str, dict[str, list[float]]]:
+        """Exact KL to SL-CAI of every answer, by policy and group of prompts."""
+        reference, renderer, result = self.ctx.model("sl_cai"), self.ctx.renderer("sl_cai"), {}
+        for policy, by_group in self.answers.items():
+            rows = [a for answers in by_group.values() for a in answers]
+            model = reference if policy == "sl_cai" else self.ctx.model(policy)
+            kl = iter(measure.exact_kl(self.ctx, f"evaluate: KL of {policy}", model, reference, renderer, rows))
+            result[policy] = {group: list(islice(kl, len(answers))) for group, answers in by_group.items()}
+            del model  # before the next one is loaded
+        return result
+
+    def _scores(self, name: str, scorer: Scorer, groups: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """Scores of the preference model `name` by policy and group of prompts, of all policies' answers together."""
         rows = [a for by_group in self.answers.values() for group in groups for a in by_group[group]]
-        scores = iter(measure.score_answers(self.ctx, scorer, self.renderer, rows))
+        scores = iter(measure.score_answers(self.ctx, f"evaluate: scores of {name}", scorer, "sl_cai", rows))
         return {
             policy: {group: list(islice(scores, len(by_group[group]))) for group in groups}
             for policy, by_group in self.answers.items()
         }
+
+    def _chains(self) -> list[list[Answer]]:
+        """By step, the responses and revisions of the assistant's chains on held-out red-team prompts."""
+        prompts = {p.id: p for p in self.prompts["red_team"]}
+        made: list[chains.Reviser] = []
+
+        def process(ids: list[str]) -> Iterator[dict[str, Any]]:
+            if not made:
+                made.append(chains.Reviser(self.ctx))
+            return made[0].chains([prompts[i] for i in ids])
+
+        chunk = self.ctx.config.revise.chunk
+        rows = pipeline.journaled(self.ctx, "evaluate.revise", list(prompts), chunk, process)
+        # A chain that was rejected at a later step still counts up to there.
+        return [
+            [
+                Answer(prompts[i], [row["record"]["response"], *(r["revision"] for r in row["record"]["rounds"])][k],
+                       ids, True)
+                for i, row in rows.items()
+                if (ids := row["tokens"].get(f"{row['record']['id']}/{k}")) is not None
+            ]
+            for k in range(self.ctx.config.revise.rounds + 1)
+        ]  # fmt: skip
+
+    def _step_scores(self, scorer: Scorer) -> list[list[float]]:
+        """Preference scores of the chains' texts, by step."""
+        everything = [a for answers in self.steps for a in answers]
+        name = "evaluate: scores of revisions"
+        scores = iter(measure.score_answers(self.ctx, name, scorer, "assistant", everything))
+        return [list(islice(scores, len(answers))) for answers in self.steps]
+
+    def _judged(self) -> list[Verdict]:
+        """The judge on pairs of policies' answers to the same red-team prompts."""
+        by_policy = {policy: {a.prompt.id: a for a in groups["red_team"]} for policy, groups in self.answers.items()}
+        prompts = self.prompts["red_team"][: self.ctx.config.evaluate.judge_pairs]
+        return measure.verdicts(self.ctx, by_policy, list(combinations(POLICIES, 2)), prompts)
 
     def table(self, columns: dict[str, Sequence[float]], prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Every column's mean with its interval; a column without values (all chains rejected) is left out."""
@@ -128,64 +186,30 @@ class Evaluation:
 
     def policies(self) -> dict[str, Any]:
         """policies.{policy}.{group}.{metric}; pm_score is relative to the base policy's mean on the same prompts."""
-        models = {policy: self.ctx.model(policy) for policy in POLICIES}
         result: dict[str, Any] = {}
         for policy, groups in self.answers.items():
             result[policy] = {}
             for group, rows in groups.items():
                 prompts = [a.prompt for a in rows]
                 columns = self.text_metrics(prompts, [a.text for a in rows])
-                zero = fmean(self.pm_scores["base"][group]) if rows else 0.0
-                columns["pm_score"] = [score - zero for score in self.pm_scores[policy][group]]
+                scores = self.pm_scores["pm_eval"]
+                zero = fmean(scores["base"][group]) if rows else 0.0
+                columns["pm_score"] = [score - zero for score in scores[policy][group]]
                 columns["length"] = [float(len(a.token_ids)) for a in rows]
                 columns["unfinished"] = [float(not a.stopped) for a in rows]
-                columns["kl"] = measure.exact_kl(models[policy], models["sl_cai"], self.renderer, rows)
+                columns["kl"] = self.kl[policy][group]
                 result[policy][group] = self.table(columns, prompts)
         return result
 
     def revisions(self) -> dict[str, Any]:
         """revisions.{k}.{metric} of the assistant's chains on held-out red-team prompts; 0 is the first response."""
-        prompts = {p.id: p for p in self.prompts["red_team"]}
-        made: list[chains.Reviser] = []
-
-        def process(ids: list[str]) -> Iterator[dict[str, Any]]:
-            if not made:
-                made.append(chains.Reviser(self.ctx))
-            return made[0].chains([prompts[i] for i in ids])
-
-        chunk = self.ctx.config.revise.chunk
-        rows = pipeline.journaled(self.ctx, "evaluate.revise", list(prompts), chunk, process)
-        # A chain that was rejected at a later step still counts up to there.
-        steps = [
-            [
-                Answer(prompts[i], [row["record"]["response"], *(r["revision"] for r in row["record"]["rounds"])][k],
-                       ids, True)
-                for i, row in rows.items()
-                if (ids := row["tokens"].get(f"{row['record']['id']}/{k}")) is not None
-            ]
-            for k in range(self.ctx.config.revise.rounds + 1)
-        ]  # fmt: skip
-        everything = [a for answers in steps for a in answers]
-        scores = iter(measure.score_answers(self.ctx, self.pm_eval, self.renderer, everything))
         result, zero = {}, 0.0
-        for k, answers in enumerate(steps):
+        for k, (answers, mine) in enumerate(zip(self.steps, self.step_scores, strict=True)):
             columns = self.text_metrics([a.prompt for a in answers], [a.text for a in answers])
-            mine = list(islice(scores, len(answers)))
             zero = fmean(mine) if k == 0 and mine else zero
             columns["pm_score"] = [score - zero for score in mine]
             result[str(k)] = self.table(columns, [a.prompt for a in answers])
         return result
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        """The judge on pairs of policies' answers to the same red-team prompts."""
-        if self._verdicts is None:
-            by_policy = {
-                policy: {a.prompt.id: a for a in groups["red_team"]} for policy, groups in self.answers.items()
-            }
-            prompts = self.prompts["red_team"][: self.ctx.config.evaluate.judge_pairs]
-            self._verdicts = measure.verdicts(self.ctx, by_policy, list(combinations(POLICIES, 2)), prompts)
-        return self._verdicts
 
     def judge(self) -> dict[str, Any]:
         """Win rates (second policy of the pair over the first), position bias, and in the toy world accuracy."""
@@ -239,10 +263,7 @@ class Evaluation:
         if self.truth is None:
             return result
         for name in ("pm", "pm_eval"):
-            scores = self.pm_scores
-            if name == "pm":
-                scores = self.scores(self.ctx.scorer(self.ctx.model("pm")), ["red_team"])
-            pairs = []
+            scores, pairs = self.pm_scores[name], []
             for first, second in combinations(POLICIES, 2):
                 rows = zip(
                     self.answers[first]["red_team"], scores[first]["red_team"],
@@ -255,14 +276,14 @@ class Evaluation:
     def elo(self) -> dict[str, Any]:
         """Elo of the policies: harmlessness by the judge, and by pm_eval on both kinds of prompts; sl_cai is 0."""
         index = {policy: i for i, policy in enumerate(POLICIES)}
+        scores = self.pm_scores["pm_eval"]
         games = {"judge": [(v.prompt.id, index[v.first], index[v.second], v.prob) for v in self.verdicts]}
         for group in GROUPS:
             games[f"pm_eval_{group}"] = [
                 (a.prompt.id, index[first], index[second], _sigmoid(s - t))
                 for first, second in combinations(POLICIES, 2)
-                for a, s, t in zip(self.answers[first][group], self.pm_scores[first][group],
-                                   self.pm_scores[second][group], strict=True)
-            ]  # fmt: skip
+                for a, s, t in zip(self.answers[first][group], scores[first][group], scores[second][group], strict=True)
+            ]
         seed, samples = self.ctx.config.seed, self.ctx.config.evaluate.bootstrap
         zero = index["sl_cai"]
         fits = {name: elo.ratings(rows, len(index), zero, samples, seed) for name, rows in games.items() if rows}

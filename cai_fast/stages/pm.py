@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cai_fast import elo, losses, pipeline, readers, records, roles
+from cai_fast import elo, losses, measure, pipeline, readers, records, roles
 from cai_fast.batching import pack
 from cai_fast.errors import InputError
 from cai_fast.fit import FitSettings, Task, fit
@@ -90,7 +90,7 @@ def run(ctx: Context) -> None:
         steps = train(ctx, model, name, training, first_step)
         replica = roles.replica(ctx, model)
         began, scorer = time.monotonic(), ctx.scorer(replica.model if replica else model)
-        results = held_out_results(scorer, [p for p, held_out in mine if held_out])
+        results = held_out_results(ctx, name, scorer, [p for p, held_out in mine if held_out])
         work = ctx.work(time.monotonic() - began)
         summary[name] = {"trained_on": dict(Counter(p.kind for p in training)), "steps": steps}
         summary[name] |= roles.sizes(model) | results
@@ -180,16 +180,17 @@ def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: 
     )  # fmt: skip
 
 
-def held_out_results(scorer: Scorer, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
-    """Accuracy and calibration on comparisons of prompts that the model has not seen, by kind."""
+def held_out_results(ctx: Context, name: str, scorer: Scorer, pairs: list[Pair]) -> dict[str, dict[str, Any]]:
+    """Accuracy and calibration on comparisons of prompts that the model has not seen, by kind. Collective."""
+    sequences = [ids for p in pairs for ids in (p.ids_a, p.ids_b)]
+    groups = [n // 2 for n in range(len(sequences))]
+    scores = measure.scores(ctx, f"{name}: held out", scorer, sequences, groups)
+    margins = [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
     results = {}
     for kind in KINDS:
-        chosen = [p for p in pairs if p.kind == kind]
+        chosen = [(margin, p.prob_a) for margin, p in zip(margins, pairs, strict=True) if p.kind == kind]
         if chosen:
-            sequences = [ids for p in chosen for ids in (p.ids_a, p.ids_b)]
-            scores = scorer.scores(sequences, [n // 2 for n in range(len(sequences))]).tolist()
-            margins = [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
-            results[kind] = agreement(margins, [p.prob_a for p in chosen])
+            results[kind] = agreement(*map(list, zip(*chosen, strict=True)))
     return results
 
 

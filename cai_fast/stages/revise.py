@@ -5,11 +5,12 @@ the model criticises the current response and rewrites it, and the revision take
 text is empty, over-long, repetitive or starts with filler is rejected with the reason; nothing is dropped silently.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cai_fast import pipeline
+from cai_fast import pipeline, sharing
 from cai_fast.chains import Reviser
 from cai_fast.constitution import Principle
 from cai_fast.errors import InputError
@@ -18,6 +19,7 @@ from cai_fast.prompts import fit_turns
 from cai_fast.records import Helpful, Prompt, Revision, Turn, write_jsonl, write_tokens
 
 READERS = ("assistant", "base", "judge", "pm_init")  # every model of a run has the tokenizer of one of these
+PROMPTS_AT_ONCE = 500
 OUTPUTS = ("prompts.jsonl", "revisions.jsonl", "helpful.jsonl", "tokens/revisions.safetensors")
 
 
@@ -83,7 +85,7 @@ def prepare_prompts(ctx: Context) -> list[Prompt]:
             ctx.log.warn(f"{kind} prompts, line {bad.line}: {bad.reason}")
         train = pipeline.take(ctx, [p for p in prompts if p.split == "train"], kind, count)
         chosen = train + [p for p in prompts if p.split == "eval"]
-        fitting = [fitted for p in chosen if (fitted := _fit(p, everywhere, data)) is not None]
+        fitting = _fitting(ctx, kind, chosen, everywhere)
         over_long = len(chosen) - len(fitting)
         total = len(chosen) + len(rejected)
         if over_long + len(rejected) > data.max_bad_fraction * total:
@@ -100,14 +102,17 @@ def prepare_prompts(ctx: Context) -> list[Prompt]:
     return kept
 
 
-def _fit(prompt: Prompt, everywhere: Everywhere, data: Any) -> Prompt | None:
-    """The prompt within data.max_prompt_tokens, shortened by oldest turns where allowed; None if it cannot be."""
-    turns = fit_turns(prompt.turns, everywhere, data.max_prompt_tokens, data.drop_oldest_turns)
-    if turns is None:
-        return None
-    if tuple(turns) == prompt.turns:
-        return prompt
-    return Prompt(prompt.id, prompt.kind, tuple(turns), prompt.source, prompt.split)
+def _fitting(ctx: Context, kind: str, prompts: Sequence[Prompt], everywhere: Everywhere) -> list[Prompt]:
+    """The prompts within data.max_prompt_tokens, shortened by oldest turns where allowed; without those that cannot
+    be. Collective."""
+    data = ctx.config.data
+
+    def process(items: list[Prompt]) -> list[int]:
+        fitted = (fit_turns(p.turns, everywhere, data.max_prompt_tokens, data.drop_oldest_turns) for p in items)
+        return [len(turns or ()) for turns in fitted]
+
+    kept = sharing.shared(ctx, f"{kind} prompts", prompts, sharing.even(len(prompts), PROMPTS_AT_ONCE), process)
+    return [dataclasses.replace(p, turns=p.turns[-n:]) for p, n in zip(prompts, kept, strict=True) if n]
 
 
 def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,12 +138,18 @@ def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, A
 
 def _warn_refusals(ctx: Context, worker: Reviser, prompts: Sequence[Prompt]) -> None:
     """An aligned assistant that refuses leaves nothing to revise: say so before the work is done."""
-    answers = [finished.text for finished, _ in worker.answer(prompts, "revise/response", [0] * len(prompts))]
-    rate = sum(map(worker.renderer.is_refusal, answers)) / max(1, len(answers))
+
+    def process(items: list[Prompt]) -> list[bool]:
+        answers = worker.answer(items, "revise/response", [0] * len(items))
+        return [worker.renderer.is_refusal(finished.text) for finished, _ in answers]
+
+    parts = sharing.even(len(prompts), -(-len(prompts) // ctx.dist.world))  # a batch for each rank
+    refused = sharing.shared(ctx, "revise: first answers", prompts, parts, process)
+    rate = sum(refused) / max(1, len(refused))
     ctx.log.truncate("revise", 0)
     ctx.log.metrics("revise", 0, {"revise/refusal_rate": rate})
     if rate > ctx.config.revise.refusal_warn:
         ctx.log.warn(
-            f"revise: the assistant refuses {rate:.0%} of {len(answers)} red-team prompts, which leaves nothing to "
+            f"revise: the assistant refuses {rate:.0%} of {len(refused)} red-team prompts, which leaves nothing to "
             "revise; model.assistant should be a helpful-only model."
         )
