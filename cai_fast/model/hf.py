@@ -25,6 +25,7 @@ from cai_fast.model.heads import init_scalar
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_ROWS = 4096  # of an embedding that are compared at a time
 _LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,10 +51,11 @@ def load(
     for file, name, piece in pieces(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a derived buffer that old checkpoints carry
             continue
-        tensor = piece[:]
         if name == "lm_head.weight" and head == "lm" and config.tie_word_embeddings:
-            tied = tensor
-        elif name not in wanted:
+            tied = file
+            continue
+        tensor = piece[:]
+        if name not in wanted:
             unexpected.append(name)
         elif tensor.shape != wanted[name] or tensor.dtype not in _DTYPES:
             want, got = tuple(wanted[name]), tuple(tensor.shape)
@@ -64,12 +66,22 @@ def load(
         else:
             found[name] = tensor.to(device, dtype, copy=True)  # a copy of its own, not a view into the mapped file
     check_names(folder, head, sorted(set(wanted) - set(found)), sorted(unexpected))
-    if tied is not None and not torch.equal(tied.to(device, dtype), found["model.embed_tokens.weight"]):
+    if tied is not None and not _holds(tied, "lm_head.weight", found["model.embed_tokens.weight"]):
         raise InputError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
     model.load_state_dict(found, strict=True, assign=True)
     model.requires_grad_(True)
     model.source = folder
     return model
+
+
+def _holds(file: Path, name: str, expected: Tensor) -> bool:
+    """Whether the file's tensor is `expected` [rows, columns] in its dtype; no copy of the whole is made."""
+    with safe_open(str(file), framework="pt") as handle:
+        piece = handle.get_slice(name)
+        return tuple(piece.get_shape()) == tuple(expected.shape) and all(
+            torch.equal(piece[start : start + _ROWS].to(rows), rows)
+            for start, rows in zip(range(0, len(expected), _ROWS), expected.split(_ROWS), strict=True)
+        )
 
 
 def init_random(
@@ -100,13 +112,15 @@ def save(
     *,
     tokenizer: Any = None,
     extra_config: dict[str, Any] | None = None,
+    extra_files: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write `model` as a Hugging Face folder, replacing `path` only when everything is on disk.
 
     dtype: that of the file, default the model's own. tokenizer: saved beside it (`tokenizer.save(folder)`).
     extra_config: entries of config.json to add or replace, such as pad_token_id. Licence files of the folder that the
-    model was loaded from come along, and for a language model its generation_config.json.
+    model was loaded from come along, and for a language model its generation_config.json; extra_files (name -> text)
+    are written over them.
     """
     path = Path(path)
     if any(name.endswith(".lora_A.weight") for name, _ in model.named_parameters()):
@@ -119,7 +133,7 @@ def save(
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write_folder(partial, model, state, tokenizer, config | (extra_config or {}))
+        _write_folder(partial, model, state, tokenizer, config | (extra_config or {}), extra_files or {})
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
@@ -128,7 +142,9 @@ def save(
     _sync(path.parent)
 
 
-def _write_folder(folder: Path, model: Model, state: dict[str, Tensor], tokenizer: Any, config: dict[str, Any]) -> None:
+def _write_folder(
+    folder: Path, model: Model, state: dict[str, Tensor], tokenizer: Any, config: dict[str, Any], texts: dict[str, str]
+) -> None:
     """Everything that belongs into the checkpoint `folder`, forced to the disk."""
     folder.mkdir(parents=True)
     if model.source is not None and model.source.is_dir():
@@ -137,6 +153,8 @@ def _write_folder(folder: Path, model: Model, state: dict[str, Tensor], tokenize
             shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
         tokenizer.save(folder)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", config)
     _write_shards(folder, state)
     for file in folder.rglob("*"):
