@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from cai_fast.errors import InputError
 from cai_fast.model import Model, ModelConfig, check, hf, init_random, load
-from tests.tiny import CONFIG
 from tests.test_model_hf import SEQS, UNTIED, logits
+from tests.tiny import CONFIG
 
 _READ = """
 import sys
