@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tokenizers
-from jinja2 import TemplateError
 
 from cai_fast import chat, prompts
 from cai_fast.constitution import Constitution, Principle, uniform
@@ -154,36 +153,9 @@ class Tokenizer:
         return self._control.decode([*self._lead, *ids], skip_special_tokens=True)[len(self._lead_text) :]
 
     @cached_property
-    def template(self) -> str:
-        """The chat template (of several, the default one)."""
-        try:
-            return self._wrapped.get_chat_template()
-        except ValueError as error:  # there is none, or none of several is the default
-            raise InputError(
-                f"{self.source_path}: the tokenizer has no chat template; use a chat model, or [format] "
-                f'kind = "paper" in the constitution ({error})'
-            ) from error
-
-    def chat(self, messages: list[dict[str, str]], *, reply: bool) -> str:
-        """Messages through the chat template, date and thinking pinned; `reply` opens the assistant's message."""
-        safe = [message | {"content": self._neutralise(message["content"])} for message in messages]
-        try:
-            return self._wrapped.apply_chat_template(
-                safe, tokenize=False, add_generation_prompt=reply, enable_thinking=False, thinking=False,
-                date_string=chat.DATE, chat_template=chat.PINNED_DATE + self.template,
-            )  # fmt: skip
-        except (TemplateError, TypeError) as error:  # what it raises, and what an expression of it does
-            raise InputError(f"{self.source_path}: the chat template refuses our messages: {error}") from error
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        words = {*self.control, *chat.markers(self.template)}
-        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
-
-    def _neutralise(self, text: str) -> str:
-        """A text in which no control token and no marker of the template can be recognised: a space after its first
-        character."""
-        return self._control_pattern.sub(lambda match: match[0][:1] + " " + match[0][1:], text)
+    def template(self) -> chat.Template:
+        """The chat template; InputError where there is none."""
+        return chat.Template(self._wrapped, self.source_path, self.control)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files into a checkpoint folder."""
@@ -208,7 +180,7 @@ class Renderer:
         self.is_chat = self.format.kind == "chat"
         self.style = chat.Style("", False)
         if self.is_chat:
-            self.style = chat.examine(tokenizer.chat, bool(self.format.system), str(tokenizer.source_path))
+            self.style = tokenizer.template.style(bool(self.format.system))
         self.stop_id = self._turn_end() if self.is_chat else tokenizer.eos_id
         self.hash = content_id(tokenizer.hash, self.format, constitution.hash, seed, few_shot_pool, self.stop_id)
         self._blocks: dict[tuple[str, int], _Block] = {}
@@ -230,7 +202,7 @@ class Renderer:
         if self.style.folds_system:
             messages = chat.fold_system(messages)
         # The prefill goes behind the template's text; it is ours, so nothing in it needs to be broken up.
-        text = self.tokenizer.chat(messages, reply=prefill is not None)
+        text = self.tokenizer.template.render(messages, reply=prefill is not None)
         return text + self.style.opening + prefill if prefill else text
 
     def _plain_ids(self, segments: Iterable[Segment]) -> list[int]:
