@@ -6,7 +6,7 @@ from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.errors import InputError
 from cai_fast.model import check as check_model
-from cai_fast.model.verify import Summary
+from cai_fast.model.verify import Summary, untrained
 from cai_fast.pipeline import TOY
 from cai_fast.rundir import require_free
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -118,6 +118,7 @@ def check_models(config: Config) -> list[str]:
             model = checked[name][0]
             largest = max(largest, model.num_parameters)
             lines.append(f"{role:13} {name}: {model.config.model_type}, {model.num_parameters:,} parameters")
+            lines += _check_chat_tokens(name, checked[name][1])
         model, renderer = checked[name]
         if role != "pm_init" and model.head != "lm":
             raise InputError(f"{name}: model.{role} must be a language model, found a {model.head!r} head.")
@@ -135,3 +136,25 @@ def _check_checkpoint(config: Config, name: str, constitution: Constitution) -> 
     if tokens > rows:
         raise InputError(f"{name}: the tokenizer has {tokens} tokens, the model's vocabulary {rows}.")
     return model, Renderer(tokenizer, constitution, seed=config.seed, few_shot_pool=config.data.few_shot_pool)
+
+
+def _check_chat_tokens(name: str, renderer: Renderer) -> list[str]:
+    """A base model may carry the chat template of its instruct sibling without ever having seen its tokens."""
+    if not renderer.is_chat:
+        return []
+    tokenizer = renderer.tokenizer
+    words = {index: word for word, index in tokenizer.control.items()}
+    unseen = untrained(name, renderer.control_ids, tokenizer.encode("Which of these responses is better?"))
+    if unseen:
+        raise InputError(
+            f"{name}: the chat template uses {', '.join(words[i] for i in unseen)}, whose rows of the embedding are "
+            "untrained (zero, or equal to one another): a base model with the chat template of its instruct sibling? "
+            'Set [format] kind = "paper" in the constitution, or use a chat model.'
+        )
+    if renderer.stop_id in tokenizer.stop_ids:
+        return []
+    ends = ", ".join(words.get(i, str(i)) for i in tokenizer.stop_ids)
+    return [
+        f"warning       {name}: its chat template closes a turn with {words[renderer.stop_id]}, its configuration with "
+        f"{ends}, as base models' do; exported models stop at all of them"
+    ]

@@ -4,7 +4,6 @@ Texts of users and models never become control tokens: plain formats encode "<eo
 formats break such strings up before the model's template sees them. Everything a chat template may vary is pinned.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -12,24 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tokenizers
-from jinja2 import TemplateError
 
-from cai_fast import prompts
+from cai_fast import chat, prompts
 from cai_fast.constitution import Constitution, Principle, uniform
 from cai_fast.errors import InputError
 from cai_fast.prompts import Mark, Prompts, Segment
 from cai_fast.records import Turn, content_id
 
 Kind = Literal["response", "critique", "revision", "cot"]
-_DATE = "26 Jul 2024"  # the date Llama 3.x's own template falls back to
-# Templates may ask for today's date; this answers with a fixed one. A macro, because the library passes no functions.
-_PINNED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
-    f" | replace('%{code}', '{text}')" for code, text in {
-        "-d": "26", "d": "26", "e": "26", "-m": "7", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24",
-        "a": "Fri", "A": "Friday", "j": "208", "F": "2024-07-26", "H": "00", "I": "12", "M": "00", "S": "00",
-        "p": "AM", "Z": "", "z": "",
-    }.items()) + " }}{% endmacro %}{{ '' }}"  # fmt: skip
-_CUT = "@@cut-here@@"
 _CONTEXT_END = re.compile(r"<\|?(eoc|end_of_context)\|?>")
 
 
@@ -66,11 +55,12 @@ class Options(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A few-shot block: token ids, segments, text under the chat template, ids of its examples."""
+    """A few-shot block: token ids, segments, text under the chat template and its last token, ids of its examples."""
 
     tokens: list[int]
     segments: list[Segment]
     text: str
+    seam: str
     ids: tuple[str, ...]
 
 
@@ -81,12 +71,11 @@ class Tokenizer:
         self._wrapped = wrapped
         self.source_path = source_path
         serialized = wrapped.backend_tokenizer.to_str()
-        self._text = tokenizers.Tokenizer.from_str(serialized)  # special tokens in texts are ordinary characters
-        self._control = tokenizers.Tokenizer.from_str(serialized)  # special tokens are what they are
+        self._control = tokenizers.Tokenizer.from_str(serialized)  # control tokens are what they are
+        self.control, self._text = chat.without_control(serialized)
         for backend in (self._text, self._control):
             backend.no_truncation()
             backend.no_padding()
-        self._text.encode_special_tokens = True
         added = self._control.get_added_tokens_decoder()
         self.special = {token.content: index for index, token in added.items() if token.special}
         self.vocab_size = max(self._control.get_vocab_size(), max(added, default=-1) + 1)
@@ -139,16 +128,7 @@ class Tokenizer:
             others = [*reserved[1:], *self.special.values(), *range(self.vocab_size)]
             pad = next(index for index in others if index not in (self.eoc_id, self.eos_id))
         self.pad_id: int = pad
-        self.stop_ids: list[int] = [self.eos_id]
-        generation = self.source_path / "generation_config.json"
-        if generation.is_file():
-            try:
-                more = json.loads(generation.read_bytes()).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise InputError(f"{generation}: not a JSON object: {error}") from error
-            for index in more if isinstance(more, list) else [more]:
-                if isinstance(index, int) and index not in self.stop_ids:
-                    self.stop_ids.append(index)
+        self.stop_ids: list[int] = list(dict.fromkeys([self.eos_id, *chat.generation_stops(self.source_path)]))
 
     @property
     def has_template(self) -> bool:
@@ -160,7 +140,7 @@ class Tokenizer:
         return self._encode(self._text, text)
 
     def encode_control(self, text: str) -> list[int]:
-        """Ids of a rendered template: special tokens recognised, none added."""
+        """Ids of a rendered template: control tokens recognised, none added."""
         return self._encode(self._control, text)
 
     def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -172,29 +152,10 @@ class Tokenizer:
         """Text of ids that continue another text; special tokens are left out."""
         return self._control.decode([*self._lead, *ids], skip_special_tokens=True)[len(self._lead_text) :]
 
-    def chat(self, messages: list[dict[str, str]], *, reply: bool) -> str:
-        """Messages through the chat template, date and thinking pinned; `reply` opens the assistant's message."""
-        if not self.has_template:
-            raise InputError(
-                f"{self.source_path}: the tokenizer has no chat template; use a chat model, or [format] "
-                'kind = "paper" in the constitution'
-            )
-        safe = [message | {"content": self._neutralise(message["content"])} for message in messages]
-        try:
-            return self._wrapped.apply_chat_template(
-                safe, tokenize=False, add_generation_prompt=reply, enable_thinking=False, thinking=False,
-                date_string=_DATE, chat_template=_PINNED_DATE + self._wrapped.get_chat_template(),
-            )  # fmt: skip
-        except TemplateError as error:
-            raise InputError(f"{self.source_path}: the chat template refuses our messages: {error}") from error
-
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
-
-    def _neutralise(self, text: str) -> str:
-        """A text in which no special token can be recognised: a space after its first character."""
-        return self._special_pattern.sub(lambda match: match[0][:1] + " " + match[0][1:], text)
+    def template(self) -> chat.Template:
+        """The chat template; InputError where there is none."""
+        return chat.Template(self._wrapped, self.source_path, self.control)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files into a checkpoint folder."""
@@ -217,23 +178,32 @@ class Renderer:
         self.prompts = Prompts(constitution, self.format, seed)
         self.few_shot_pool = few_shot_pool
         self.is_chat = self.format.kind == "chat"
+        self.style = chat.Style("", False)
+        if self.is_chat:
+            self.style = tokenizer.template.style(bool(self.format.system))
         self.stop_id = self._turn_end() if self.is_chat else tokenizer.eos_id
         self.hash = content_id(tokenizer.hash, self.format, constitution.hash, seed, few_shot_pool, self.stop_id)
         self._blocks: dict[tuple[str, int], _Block] = {}
 
     def _turn_end(self) -> int:
-        """The special token with which the chat template closes the assistant's message."""
-        after = self.tokenizer.encode_control(self._after_cut([Mark.USER, "x"]))
-        known = set(self.tokenizer.special.values())
-        return after[0] if after and after[0] in known else self.tokenizer.eos_id
+        """The control token with which the chat template closes the assistant's message, else the EOS token."""
+        after = self.tokenizer.encode_control(self._after_cut([Mark.USER, "x"]).lstrip())
+        return after[0] if after and after[0] in self.tokenizer.control.values() else self.tokenizer.eos_id
 
     def _after_cut(self, segments: Iterable[Segment]) -> str:
         """What the chat template writes after an assistant's text when `segments` follow."""
-        chat, prefill = prompts.messages([Mark.USER, "x", Mark.ASSISTANT, _CUT, *segments], self.format.system)
-        text = self.tokenizer.chat(chat, reply=prefill is not None) + (prefill or "")
-        if text.count(_CUT) != 1:
+        text = self._chat_text([Mark.USER, "x", Mark.ASSISTANT, chat.CUT, *segments])
+        if text.count(chat.CUT) != 1:
             raise InputError(f"{self.tokenizer.source_path}: the chat template does not keep the assistant's messages")
-        return text.split(_CUT)[1]
+        return text.split(chat.CUT)[1]
+
+    def _chat_text(self, segments: Iterable[Segment]) -> str:
+        messages, prefill = prompts.messages(segments, self.format.system)
+        if self.style.folds_system:
+            messages = chat.fold_system(messages)
+        # The prefill goes behind the template's text; it is ours, so nothing in it needs to be broken up.
+        text = self.tokenizer.template.render(messages, reply=prefill is not None)
+        return text + self.style.opening + prefill if prefill else text
 
     def _plain_ids(self, segments: Iterable[Segment]) -> list[int]:
         return [
@@ -246,35 +216,41 @@ class Renderer:
     def _bos(self) -> list[int]:
         return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
 
-    def _chat_text(self, segments: Iterable[Segment]) -> str:
-        chat, prefill = prompts.messages(segments, self.format.system)
-        # The prefill goes behind the template's text; it is ours, so nothing in it needs to be broken up.
-        return self.tokenizer.chat(chat, reply=prefill is not None) + (prefill or "")
-
     def _block(self, phase: Any, fs: int) -> "_Block":
         """A few-shot block, made once."""
         # Critique examples carry their own requests, so all numbers give the same block.
         fs = 0 if phase in ("critique", "direct_revision") else fs % self.few_shot_pool
         if (phase, fs) not in self._blocks:
             segments, ids = self.prompts.few_shot(phase, fs)
-            tokens, text = [], ""
+            tokens, text, seam = [], "", ""
             if segments and self.is_chat:
-                chat, last = prompts.messages(segments, self.format.system)
-                text = self.tokenizer.chat([*chat, {"role": "assistant", "content": last or ""}], reply=False)
+                text, seam = self._shared_text(segments)
                 tokens = self.tokenizer.encode_control(text)
             elif segments:
                 tokens = self._bos + self._plain_ids(segments)
-            self._blocks[phase, fs] = _Block(tokens, segments, text, ids)
+            self._blocks[phase, fs] = _Block(tokens, segments, text, seam, ids)
         return self._blocks[phase, fs]
 
+    def _shared_text(self, segments: list[Segment]) -> tuple[str, str]:
+        """(what the chat template writes for `segments` whatever the user says next, the control token it ends with).
+
+        Templates treat a last message unlike one in the middle, so the next message is opened; texts on the two sides
+        of a control token are tokenized apart, so the rest can be encoded alone.
+        """
+        text = self._chat_text([*segments, Mark.USER, chat.CUT]).partition(chat.CUT)[0]
+        ends = [(text.rfind(word) + len(word), word) for word in self.tokenizer.control if word in text]
+        end, seam = max(ends, default=(0, ""))
+        return text[:end], seam
+
     def _render(self, phase: str, segments: list[Segment], fs: int) -> Rendered:
-        block = self._block(phase, fs) if fs >= 0 else _Block([], [], "", ())
+        block = self._block(phase, fs) if fs >= 0 else _Block([], [], "", "", ())
         if not self.is_chat:
             bos = [] if block.tokens else self._bos
             return Rendered(block.tokens, bos + self._plain_ids(segments), block.ids)
         text = self._chat_text([*block.segments, *segments])
-        if text.startswith(block.text):
-            return Rendered(block.tokens, self.tokenizer.encode_control(text[len(block.text) :]), block.ids)
+        if block.text and text.startswith(block.text):
+            rest = self.tokenizer.encode_control(block.seam + text[len(block.text) :])[1:]
+            return Rendered(block.tokens, rest, block.ids)
         return Rendered([], self.tokenizer.encode_control(text), block.ids)  # the template rewrites earlier messages
 
     def _suffix(self, segments: list[Segment]) -> list[int]:
@@ -296,7 +272,7 @@ class Renderer:
     def revision(self, turns: Sequence[Turn], response: str, principle: Principle, critique: str, fs: int) -> Rendered:
         """The critique's prompt, the critique, and the request to revise `response`."""
         start = self.critique(turns, response, principle, fs)
-        middle = self._plain_ids(self.prompts.answer(critique)) + self.revision_suffix(principle)
+        middle = self._answer_ids(critique) + self.revision_suffix(principle)
         return start._replace(ids=start.ids + middle)
 
     def revision_suffix(self, principle: Principle) -> list[int]:
@@ -338,7 +314,10 @@ class Renderer:
 
     def response_ids(self, text: str) -> list[int]:
         """A response from a file as if it had been sampled, with its stop token."""
-        return [*self._plain_ids(self.prompts.answer(text)), self.stop_id]
+        return [*self._answer_ids(text), self.stop_id]
+
+    def _answer_ids(self, text: str) -> list[int]:
+        return self._plain_ids([self.style.opening, *self.prompts.answer(text)])
 
     def stops(self, kind: Kind) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Stop token ids (the one that SFT trains first) and stop strings of a kind of text."""
@@ -361,6 +340,12 @@ class Renderer:
             rest = text[len(self.tokenizer.decode(body[:kept])) :]
             body = body[:kept] + (self.tokenizer.encode(rest) if rest else [])
         return Finished(text.strip(), [*body, self.stop_id])
+
+    @cached_property
+    def control_ids(self) -> list[int]:
+        """Control tokens of a conversation with its reply, in ascending order."""
+        turns = [Turn(role, "x") for role in ("human", "assistant", "human")]
+        return sorted({*self.dialogue(turns), *self.response_ids("x")} & {*self.tokenizer.control.values()})
 
     def draw_few_shot(self, key: int) -> int:
         """Number of a few-shot block, a pure function of `key`."""

@@ -314,7 +314,7 @@ def test_what_a_template_may_vary_is_pinned(tmp_path):
 
 
 def test_a_template_that_rewrites_earlier_messages_gets_no_shared_prefix(tmp_path):
-    template = "{{ messages | length }}" + CHAT_TEMPLATE
+    template = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}" + CHAT_TEMPLATE
     tokenizer = Tokenizer.load(byte_tokenizer(tmp_path, chat_template=template))
     rendered = renderer(tokenizer).critique(TURNS, "Yes.", RULE, 0)
     assert rendered.prefix == [] and rendered.few_shot_ids and len(rendered.ids) > 1000
@@ -323,10 +323,10 @@ def test_a_template_that_rewrites_earlier_messages_gets_no_shared_prefix(tmp_pat
 def test_templates_that_cannot_be_used(base, tmp_path):
     with pytest.raises(InputError, match='no chat template; use a chat model, or .format. kind = "paper"'):
         renderer(base, kind="chat")
-    refuses = CHAT_TEMPLATE.replace("{{ m['role'] }}", "{{ raise_exception('no system') if m['role'] == 'system' }}")
+    refuses = CHAT_TEMPLATE.replace("{{ m['role'] }}", "{{ raise_exception('no users') if m['role'] == 'user' }}")
     tokenizer = Tokenizer.load(byte_tokenizer(tmp_path, chat_template=refuses))
-    with pytest.raises(InputError, match="refuses our messages: no system"):
-        renderer(tokenizer, system="Be brief.")
+    with pytest.raises(InputError, match="refuses our messages: no users"):
+        renderer(tokenizer)
 
 
 def test_hash_follows_everything_that_shapes_a_prompt(base, chat):

@@ -236,9 +236,10 @@ class Model(nn.Module):
         *,
         tokenizer: Any = None,
         extra_config: dict[str, Any] | None = None,
+        extra_files: dict[str, str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Write a Hugging Face folder, see `hf.save`."""
         from cai_fast.model.hf import save  # hf builds Models, so it imports this file
 
-        save(self, path, tokenizer=tokenizer, extra_config=extra_config, dtype=dtype)
+        save(self, path, tokenizer=tokenizer, extra_config=extra_config, extra_files=extra_files, dtype=dtype)

@@ -26,6 +26,7 @@ from cai_fast.model.heads import init_scalar
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_ROWS = 4096  # of an embedding that are compared at a time
 _LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 
 
@@ -84,7 +85,7 @@ def _fill(model: Model, folder: Path, fresh: set[str]) -> None:
         if name.endswith("rotary_emb.inv_freq"):  # a derived buffer that old checkpoints carry
             continue
         if name == "lm_head.weight" and (fresh or (model.head == "lm" and model.config.tie_word_embeddings)):
-            tied = None if fresh else piece[row_range(model.model.embed_tokens.weight)].to(model.device, model.dtype)
+            tied = None if fresh else file
         elif name not in wanted:
             unexpected.append(name)
         else:
@@ -93,8 +94,19 @@ def _fill(model: Model, folder: Path, fresh: set[str]) -> None:
             own_rows(parameter).copy_(piece[row_range(parameter)])
             missing.discard(name)
     check_names(folder, model.head, sorted(missing), sorted(unexpected))
-    if tied is not None and not torch.equal(tied, own_rows(model.model.embed_tokens.weight)):
+    if tied is not None and not _holds(tied, "lm_head.weight", model.model.embed_tokens.weight):
         raise InputError(f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding")
+
+
+def _holds(file: Path, name: str, parameter: Tensor) -> bool:
+    """Whether the file's tensor is `parameter` [rows, columns] in its dtype; no copy of the whole is made."""
+    mine, own = row_range(parameter), own_rows(parameter).detach()
+    with safe_open(str(file), framework="pt") as handle:
+        piece = handle.get_slice(name)
+        return tuple(piece.get_shape()) == tuple(parameter.shape) and all(
+            torch.equal(piece[start : min(start + _ROWS, mine.stop)].to(rows), rows)
+            for start, rows in zip(range(mine.start, mine.stop, _ROWS), own.split(_ROWS), strict=True)
+        )
 
 
 def init_random(
@@ -125,13 +137,15 @@ def save(
     *,
     tokenizer: Any = None,
     extra_config: dict[str, Any] | None = None,
+    extra_files: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write `model` as a Hugging Face folder, replacing `path` only when everything is on disk.
 
     dtype: that of the file, default the model's own. tokenizer: saved beside it (`tokenizer.save(folder)`).
     extra_config: entries of config.json to add or replace, such as pad_token_id. Licence files of the folder that the
-    model was loaded from come along, and for a language model its generation_config.json.
+    model was loaded from come along, and for a language model its generation_config.json; extra_files (name -> text)
+    are written over them.
     """
     path = Path(path)
     if any(name.endswith(".lora_A.weight") for name, _ in model.named_parameters()):
@@ -144,7 +158,7 @@ def save(
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write_folder(partial, model, state, tokenizer, config | (extra_config or {}))
+        _write_folder(partial, model, state, tokenizer, config | (extra_config or {}), extra_files or {})
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
@@ -153,7 +167,9 @@ def save(
     _sync(path.parent)
 
 
-def _write_folder(folder: Path, model: Model, state: dict[str, Tensor], tokenizer: Any, config: dict[str, Any]) -> None:
+def _write_folder(
+    folder: Path, model: Model, state: dict[str, Tensor], tokenizer: Any, config: dict[str, Any], texts: dict[str, str]
+) -> None:
     """Everything that belongs into the checkpoint `folder`, forced to the disk."""
     folder.mkdir(parents=True)
     if model.source is not None and model.source.is_dir():
@@ -162,6 +178,8 @@ def _write_folder(folder: Path, model: Model, state: dict[str, Tensor], tokenize
             shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
         tokenizer.save(folder)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", config)
     _write_shards(folder, state)
     for file in folder.rglob("*"):
