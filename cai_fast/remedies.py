@@ -85,7 +85,7 @@ def _halves(tokens: int) -> Iterator[int]:
 
 def _first(planner: Planner, choices: list[Changes]) -> list[str]:
     """The first of the choices that fits, as the user would write it, with the peak that it leads to."""
-    for changes in choices:
+    for changes in filter(None, choices):
         tried = planner.changed(changes)
         if tried.fits():
             words = " ".join(f"--{s}.{key} {value}" for s, new in changes.items() for key, value in new.items())
