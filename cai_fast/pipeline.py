@@ -344,11 +344,11 @@ def round_up(length: int) -> int:
     return -(-length // 64) * 64
 
 
-def check(config: Config) -> list[str]:
-    """Validate every input before any work: lines to print, or InputError."""
+def check(config: Config, here: bool = False) -> list[str]:
+    """Validate every input before any work: lines to print, or InputError; here: for a run that begins now."""
     from cai_fast import preflight
 
-    return preflight.check(config)
+    return preflight.check(config, here)
 
 
 def plan(config: Config) -> list[str]:

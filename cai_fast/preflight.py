@@ -1,22 +1,28 @@
 """`--check`, and the first thing every run does: validate every input before any work starts."""
 
-from cai_fast import capacity, pipeline, plan, readers, workload
-from cai_fast.config import Config
+import dataclasses
+
+from cai_fast import capacity, pipeline, plan, readers
+from cai_fast.config import Config, HardwareConfig
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.errors import InputError
 from cai_fast.model import check as check_model
 from cai_fast.model.verify import Summary, untrained
 from cai_fast.pipeline import TOY
+from cai_fast.planner import Planner, weight_width
 from cai_fast.rundir import require_free
 from cai_fast.tokenizer import Renderer, Tokenizer
 
 
-def check(config: Config) -> list[str]:
-    """Validate everything that can be without work: constitution, prompts, comparisons, checkpoints, disk.
+def check(config: Config, here: bool = False) -> list[str]:
+    """Validate everything that can be without work: constitution, prompts, comparisons, checkpoints, memory, disk.
 
-    Returns lines to print; raises InputError on the first thing that cannot be used.
+    Returns lines to print; raises InputError on the first thing that cannot be used. here: the run begins on this
+    machine, whatever `hardware` says.
     """
+    if here:
+        config = dataclasses.replace(config, hardware=HardwareConfig())
     lines = [_check_constitution(config)]
     _check_moments(config)
     if {"revise", "rl"} & set(config.stages):
@@ -33,31 +39,29 @@ def check(config: Config) -> list[str]:
     if "evaluate" in config.stages and config.evaluate.hhh:
         lines.append(f"hhh           {len(readers.read_hhh(config.evaluate.hhh))} questions")
     lines += check_models(config)
-    _check_pages(config)
+    planner = Planner(config)
+    _check_pages(planner)
     if set(config.stages) - {"report"}:
-        lines.append(plan.check_memory(config))
+        lines.append(plan.check_memory(planner))
+        if not config.hardware.gpu:  # else the disk, too, is not here
+            require_free(config.run_dir, int(sum(map(planner.disk, config.stages))))
     return lines
 
 
 def _check_moments(config: Config) -> None:
-    if (
-        config.model.moments != "float32"
-        and plan.weight_width(config) == 4
-        and {"sft", "pm", "rl"} & set(config.stages)
-    ):
+    if config.model.moments != "float32" and weight_width(config) == 4 and {"sft", "pm", "rl"} & set(config.stages):
         raise InputError(
             f"model.moments = {config.model.moments} is for bfloat16 weights, but they are float32 here (model.dtype = "
             f"{config.model.dtype}; auto is float32 on a CPU). Leave model.moments out, or set model.dtype = bfloat16."
         )
 
 
-def _check_pages(config: Config) -> None:
+def _check_pages(planner: Planner) -> None:
     """Every stage's longest request against the model's positions and the pages that were asked for: the engine refuses
     only when it is made."""
-    engine, gpu = config.engine, plan.uses_gpu(config)
-    works = workload.works(config, plan.prompt_counts(config), workload.renderers(config), cpu=not gpu)
-    for work in (work for works_of_stage in works.values() for work in works_of_stage):
-        model, where = plan.shape(config.role(work.role)).config, f"stage {work.name}, {work.room} tokens"
+    config, engine, gpu = planner.config, planner.config.engine, planner.machine.kind == "cuda"
+    for work in (work for works_of_stage in planner.works.values() for work in works_of_stage):
+        model, where = planner.shape(work.role).config, f"stage {work.name}, {work.room} tokens"
         limit, needed = config.model.max_len or model.max_position_embeddings, engine.max_len or work.room
         if needed > limit:
             raise InputError(
@@ -103,8 +107,8 @@ def _check_prompts(config: Config, kind: str) -> str:
 
 
 def check_models(config: Config) -> list[str]:
-    """Check every checkpoint that a stage needs: architecture, tensors, tokenizer, options; and the disk."""
-    lines, largest, working = [], 0, set(config.stages) - {"report"}
+    """Check every checkpoint that a stage needs: architecture, tensors, tokenizer, options."""
+    lines, working = [], set(config.stages) - {"report"}
     constitution = load_constitution(config.data.constitution)
     roles = {role: config.role(role) for role in ("base", "assistant", "judge") if working}
     if "pm" in working:
@@ -116,7 +120,6 @@ def check_models(config: Config) -> list[str]:
         if name not in checked:
             checked[name] = _check_checkpoint(config, name, constitution)
             model = checked[name][0]
-            largest = max(largest, model.num_parameters)
             lines.append(f"{role:13} {name}: {model.config.model_type}, {model.num_parameters:,} parameters")
             lines += _check_chat_tokens(name, checked[name][1])
         model, renderer = checked[name]
@@ -124,8 +127,6 @@ def check_models(config: Config) -> list[str]:
             raise InputError(f"{name}: model.{role} must be a language model, found a {model.head!r} head.")
         if role == "judge":
             renderer.options("cot" if config.label.cot else "comparison")
-    # Four exported models and, while training, weights plus two optimizer moments, twice (the old and the new state).
-    require_free(config.run_dir, largest * 4 * 10)
     return lines
 
 

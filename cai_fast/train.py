@@ -61,7 +61,7 @@ def _work(command: config.Command) -> None:
         if command.action == "plan":
             _say("\n".join(pipeline.plan(command.config)))
             return
-        lines = dist.on_main(lambda: pipeline.check(command.config))
+        lines = dist.on_main(lambda: pipeline.check(command.config, here=command.action == "run"))
         if command.action == "check":
             _say("\n".join([*lines, "All inputs are usable."]))
             return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cai_fast import pipeline
+from cai_fast import pipeline, readers
 from cai_fast.config import Config
 from cai_fast.constitution import load as load_constitution
 from cai_fast.records import Turn
@@ -31,7 +31,7 @@ class Phase:
 
     requests: int
     at_once: int
-    """Requests of one call, at most."""
+    """Requests of one call on one rank, at most."""
     context: int
     new: int
     prefill: int
@@ -93,11 +93,11 @@ def limit(setting: int, available: int) -> int:
 
 
 def works(
-    config: Config, counts: dict[str, int], renderer: Callable[[str], Renderer], cpu: bool
+    config: Config, counts: dict[str, int], renderer: Callable[[str], Renderer], cpu: bool, ranks: int = 1
 ) -> dict[str, list[Work]]:
-    """The engines' work by stage; stages that make no engine are left out.
+    """The engines' work by stage, that of all ranks together; stages that make no engine are left out.
 
-    counts: prompts by kind and split, see `plan.prompt_counts`; renderer(role) of the model in that role.
+    counts: prompts by kind and split, see `prompt_counts`; renderer(role) of the model in that role.
     """
     deterministic = cpu if config.engine.deterministic == "auto" else bool(config.engine.deterministic)
     made: dict[str, list[Work]] = {}
@@ -112,7 +112,7 @@ def works(
             pairs = limit(config.compare.num_prompts, counts["red_team"]) * config.compare.pairs_per_prompt
             made[stage] = [_label(config, renderer("judge"), pairs)]
         elif stage == "rl":
-            made[stage] = [_rl(config)]
+            made[stage] = [_rl(config, ranks)]
         elif stage == "evaluate":
             made[stage] = _evaluate(config, counts, renderer, deterministic)
     return made
@@ -214,13 +214,11 @@ def _label(config: Config, renderer: Renderer, pairs: int, *, measuring: bool = 
     return Work("label", "judge", room, phases, question.blocks, scored, kept)
 
 
-def _rl(config: Config) -> Work:
+def _rl(config: Config, ranks: int) -> Work:
     cfg, prompt = config.rl, config.data.max_prompt_tokens
     prompts = (cfg.steps + 1) * cfg.prompts_per_step  # the last policy answers too, for the guards
-    phases = [Phase(
-        prompts * cfg.samples_per_prompt, cfg.prompts_per_step * cfg.samples_per_prompt, prompt, cfg.max_new_tokens,
-        prompts * prompt,
-    )]  # fmt: skip
+    at_once = -(-cfg.prompts_per_step * cfg.samples_per_prompt // ranks)  # ranks share the answers of one iteration
+    phases = [Phase(prompts * cfg.samples_per_prompt, at_once, prompt, cfg.max_new_tokens, prompts * prompt)]
     if cfg.reward_transform == "standardise":
         n = STANDARDISE_SAMPLES
         phases.append(Phase(n, n, prompt, cfg.max_new_tokens, n * prompt))
@@ -282,6 +280,21 @@ def passes(config: Config, counts: dict[str, int]) -> dict[str, Passes]:
         # Preference scores of answers and revisions, and the divergence of two models on the answers.
         "evaluate": Passes(0, 3 * answers + (revise.rounds + 1) * red_team * answer),
     }
+
+
+def prompt_counts(config: Config) -> dict[str, int]:
+    """Prompts by kind and split, and helpfulness comparisons, from the sources."""
+    data, counts = config.data, {}
+    for kind, limit in (("red_team", data.num_red_team), ("helpful", data.num_helpful)):
+        prompts = pipeline.prompt_source(config, kind)[0]
+        train = sum(p.split == "train" for p in prompts)
+        counts[kind] = min(limit or train, train)
+        counts[kind + "_eval"] = len(prompts) - train
+    counts["preferences"] = config.base.comparisons if data.preferences else 0
+    if data.preferences not in ("", pipeline.TOY):
+        rows, _ = readers.read_comparisons(data.preferences, max_bad_fraction=data.max_bad_fraction)
+        counts["preferences"] = len(rows)
+    return counts
 
 
 def renderers(config: Config) -> Callable[[str], Renderer]:

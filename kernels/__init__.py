@@ -8,6 +8,7 @@ there is one and chunked elsewhere, and the environment variable CAI_FAST_KERNEL
 from .adamw import adamw_step, gradient_norm, join_master, split_master
 from .attention import merge_attention, paged_attention, shared_attention
 from .block import rms_norm, rope, swiglu
+from .common import chunk_rows as chunk_rows
 from .gae import gae
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import LinearKL, linear_kl

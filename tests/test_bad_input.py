@@ -273,43 +273,21 @@ def test_a_second_process_on_the_same_run_folder(inputs: Path, tmp_path: Path, c
     assert textworld.contents(tmp_path / "run") == before
 
 
-def test_plan_counts_what_training_holds() -> None:
-    """Bytes per trained weight by hand: gradient and moments; for bf16 the remainder and the head gradient."""
-    from cai_fast import config, plan
-
-    def training(*words: str) -> list[float]:
-        cfg = config.load(["--model.device", "cpu", "--stages", "sft,pm,rl", *words])
-        return [plan.held(cfg, stage)[1] / plan.shape("toy").params for stage in cfg.stages]
-
-    one = ["--sft.batch_tokens", "16384", "--sft.micro_tokens", "16384", "--rl.critic", "detached"]
-    one += ["--pm.batch_pairs", "1", "--rl.micro_tokens", "9999999"]
-    several = ["--rl.critic", "detached", "--sft.batch_tokens", "16385", "--sft.micro_tokens", "16384"]
-    several += ["--pm.micro_tokens", "16", "--rl.micro_tokens", "16"]
-    half = ["--model.dtype", "bfloat16"]
-    assert training(*one) == training(*several) == [4 + 8] * 3
-    shape = plan.shape("toy")
-    head = 4 * shape.config.vocab_size * shape.config.hidden_size / shape.params
-
-    def with_head(per_weight: int) -> list[float]:
-        return [pytest.approx(per_weight + extra) for extra in (head, 0, head)]  # a preference model has none
-
-    assert training(*one, *half) == with_head(2 + 8 + 2)
-    assert training(*several, *half) == with_head(4 + 8 + 2)
-    assert training(*one, *half, "--model.moments", "bfloat16") == with_head(2 + 4 + 2)
-
-
 def test_bf16_moments_are_for_stages_that_train(inputs: Path, tmp_path: Path) -> None:
     words = textworld.arguments(inputs, tmp_path / "run", model__moments="bfloat16")
     assert textworld.main([*words, "--check", "--stages", "revise,compare"]) == 0
     assert textworld.main([*words, "--check", "--model.dtype", "bfloat16"]) == 0
 
 
-def test_a_model_that_cannot_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cai_fast import config, plan
-    from cai_fast.errors import InputError
+def test_a_model_that_cannot_fit_is_refused_before_any_work(
+    inputs: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai_fast import capacity
 
-    cfg = config.load([])
-    assert "GiB for weights and optimizer in stage rl" in plan.check_memory(cfg)
-    monkeypatch.setattr(plan.os, "sysconf", lambda name: 1 << 10)  # pages of 1 KiB, a thousand of them
-    with pytest.raises(InputError, match="Stage rl needs at least .* GiB .* machine"):
-        plan.check_memory(cfg)
+    words = textworld.arguments(inputs, tmp_path / "run")
+    monkeypatch.setattr(capacity.os, "sysconf", lambda name: 1 << 10)  # pages of 1 KiB, a thousand of them
+    for action in ([], ["--check"]):
+        refused([*words, *action], capfd, "GiB at its peak", "of a process", "smaller model.base or more memory")
+    assert not (tmp_path / "run").exists()
+    assert textworld.main([*words, "--plan"]) == 0
+    assert "Does not fit: Stage" in capfd.readouterr().out
