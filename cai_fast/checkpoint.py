@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from cai_fast.distributed import TIMEOUT, Distributed
 from cai_fast.errors import InputError
@@ -92,7 +93,7 @@ class Checkpoints:
             _check_json(value, name)
         writer = _Writer(self.folder, json.loads(json.dumps(tree)), self.dist.rank, self.keep)
         self.wait()
-        tensors = {name: tensor.detach() for name, tensor in state.tensors.items()}
+        tensors = _share(state.tensors, self.dist)
         if not self.background:
             self._write(writer, tensors)
             return
@@ -232,6 +233,19 @@ def _failure_of_any_rank() -> Iterator[None]:
     except CheckpointException as failed:
         error, _ = failed.failures[min(failed.failures)]
         raise error from failed
+
+
+def _share(tensors: dict[str, Tensor], dist: Distributed) -> dict[str, Tensor]:
+    """What this rank copies and writes: its shards, and of the tensors that all ranks hold about an equal part."""
+    share, loads = {}, [0] * dist.world
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        owner = dist.rank
+        if not isinstance(tensor, DTensor):
+            owner = loads.index(min(loads))
+            loads[owner] += tensor.nbytes
+        if owner == dist.rank:
+            share[name] = tensor.detach()
+    return share
 
 
 def _check_json(value: Any, name: str) -> None:

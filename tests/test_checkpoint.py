@@ -378,7 +378,7 @@ def test_sigkill_at_every_instant_leaves_the_last_complete_step(tmp_path: Path) 
     """Killed before each access to the folder and around each fsync of two saves in turn, until none is left."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-c", KILLED, str(tmp_path)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     ends = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
     assert ends.count((0, 3)) == 2

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,13 @@ def local(t: Tensor) -> Tensor:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Global values. Collective."""
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().contiguous() for n, t in tensors.items()}
+    """Copies of the global values. Collective."""
+    full = {}
+    for name, t in tensors.items():
+        exact = t.detach().to(torch.int32 if t.dtype == torch.int16 else t.dtype)  # gloo gathers no int16
+        exact = exact.full_tensor() if isinstance(exact, DTensor) else exact
+        full[name] = exact.to(t.dtype, copy=True).contiguous()
+    return full
 
 
 def step(model: Model, optimizer: Optimizer, number: int) -> None:
@@ -134,14 +140,18 @@ def test_states_move_between_one_and_two_ranks(tmp_path: Path) -> None:
 
 
 def failing(rank: int, folder: str) -> None:
-    """Rank 1's disk is full at one of the writes, rank 0's at another."""
+    """Rank 1's disk is full at one of the writes, rank 0's at another; at last rank 1 is killed in a write."""
     dist = join(rank, folder)
     tensors = {f"{name}.{r}": torch.ones(5) for r in range(WORLD) for name in "ab"}
+    written = {}
     for background in (False, True):
         root = Path(folder) / str(background)
         states = Checkpoints(root, dist, background=background)
+        real_write = states._write
+        states._write = lambda writer, share, real=real_write: (written.update(share), real(writer, share))[1]
         states.save(TrainState(1, tensors=tensors))
         states.wait()
+        assert len(written) == 2, "copied is only what is written here"
         for broken, name in ((1, "shard-1.safetensors"), (0, "shard-0.safetensors"), (0, "manifest.json")):
             real = checkpoint._write
 
@@ -159,12 +169,25 @@ def failing(rank: int, folder: str) -> None:
             checkpoint._write = real
             assert states.latest().step == 1
             assert [p.name for p in root.iterdir()] == ["step_1"]
+            dist.barrier()
         states.save(TrainState(3, tensors=tensors))
         states.close()
         assert [p.name for p in root.iterdir()] == ["step_3"]
-    torch_dist.destroy_process_group()
+        dist.barrier()
+    states = Checkpoints(f"{folder}/True", dist, background=True)
+    if rank == 1:
+        checkpoint._write = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    states.save(TrainState(4, tensors=tensors))
+    with pytest.raises(RuntimeError):
+        states.wait()
+    assert [p.name for p in Path(f"{folder}/True").iterdir()] == ["step_3"]
 
 
 @pytest.mark.distributed
-def test_a_full_disk_on_one_rank_is_an_error_on_both(tmp_path: Path) -> None:
-    mp.spawn(failing, (str(tmp_path),), nprocs=WORLD)
+def test_a_full_disk_or_a_kill_on_one_rank_is_an_error_on_both(tmp_path: Path) -> None:
+    ranks = [mp.get_context("spawn").Process(target=failing, args=(rank, str(tmp_path))) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
