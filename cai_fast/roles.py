@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cai_fast import rng
+from cai_fast import model_card, rng
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
 
@@ -25,7 +25,15 @@ def frozen(ctx: Context, role: str, *, head: str | None = None) -> Model:
     return ctx.model(role, head).requires_grad_(False)
 
 
-def export(ctx: Context, model: Model, name: str, tokenizer: Any, **extra_config: Any) -> None:
-    """Write a trained model as checkpoint `name` of the run, in Hugging Face's format. Collective."""
+def export(ctx: Context, model: Model, name: str, tokenizer: Any, results: dict[str, Any], **extra_config: Any) -> None:
+    """Write a trained model as checkpoint `name` of the run, in Hugging Face's format, with its card. Collective.
+
+    results: the summary of its training, for the card.
+    """
     folder = ctx.checkpoint(name)
-    ctx.dist.on_main(lambda: model.save(folder, tokenizer=tokenizer, extra_config=extra_config or None))
+
+    def write() -> None:
+        texts = model_card.files(ctx, name, results)
+        model.save(folder, tokenizer=tokenizer, extra_config=extra_config or None, extra_files=texts)
+
+    ctx.dist.on_main(write)

@@ -38,6 +38,7 @@ GROUPS = [
     {"toy", "report"},
     {
         "pipeline",
+        "model_card",
         "roles",
         "workload",
         "capacity",

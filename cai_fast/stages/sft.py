@@ -46,8 +46,8 @@ def run(ctx: Context) -> None:
         cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
     )  # fmt: skip
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
-    roles.export(ctx, model, "sl_cai", renderer.tokenizer)
     summary = counts | {"examples": len(fitting), "tokens": sum(lengths), "steps": steps}
+    roles.export(ctx, model, "sl_cai", renderer.tokenizer, summary)
     ctx.run.finish("sft", list(OUTPUTS), summary)
 
 
