@@ -68,7 +68,7 @@ def stated_licence(folder: Path) -> dict[str, str]:
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    pairs = re.findall(r"^(\w+):[ \t]*([^\s#\[].*?)\s*$", front[1] if front else "", re.MULTILINE)
+    pairs = re.findall(r"^(\w+):[ \t]*([^\s#\[].*?)(?:\s+#.*)?\s*$", front[1] if front else "", re.MULTILINE)
     return {key: value.strip("'\"") for key, value in pairs if key in _LICENCE_KEYS}
 
 
@@ -141,13 +141,11 @@ def _card(
 
 def _snippet(ctx: Context, stage: str, renderer: Renderer) -> str:
     """Code that prints an answer or a score, with a prompt in the token ids that training would have made of it."""
-    turns: tuple[Turn, ...] = (Turn("human", "How do I bake bread?"),)
+    question, answer = "How do I bake bread?", "Mix flour, water, salt and yeast, let it rise, then bake it."
     if ctx.config.model.base == TOY:  # other words mean nothing to it
-        turns = next(prompt.turns for prompt in load_prompts(ctx) if prompt.kind == "helpful")
-    ids = renderer.dialogue(turns)
-    if stage == "pm":
-        answer = renderer.response_ids("Mix flour, water, salt and yeast, let it rise, then bake it.")
-        ids = renderer.preference(turns, answer)
+        question = answer = load_prompts(ctx, kind="helpful")[0].turns[0].text
+    turns = (Turn("human", question),)
+    ids = renderer.preference(turns, renderer.response_ids(answer)) if stage == "pm" else renderer.dialogue(turns)
     text, found = renderer.tokenizer.as_text(ids)
     line = f'ids = tokenizer({json.dumps(text, ensure_ascii=False)}, add_special_tokens=False, return_tensors="pt")'
     line = line + '["input_ids"]' if found == ids else f"ids = torch.tensor([{ids}])  # {json.dumps(text)}"
@@ -158,8 +156,8 @@ def _counts(ctx: Context) -> list[str]:
     """How much of everything there was, as far as the run has come."""
     path = ctx.run.path("prompts.jsonl")
     prompts = records.read_jsonl(path, Prompt) if path.is_file() else []
-    lines = [f"- prompts, {kind}, {split}: {n}" for (kind, split), n in
-             sorted(Counter((p.kind, p.split) for p in prompts).items())]  # fmt: skip
+    counts = Counter((prompt.kind, prompt.split) for prompt in prompts)
+    lines = [f"- prompts, {kind}, {split}: {number}" for (kind, split), number in sorted(counts.items())]
     for stage in ("revise", "compare", "label"):
         record = ctx.run.record(stage) or {}
         lines += _lines(record.get("summary", {}), f"{stage}: ")
@@ -167,9 +165,8 @@ def _counts(ctx: Context) -> list[str]:
 
 
 def _constitution(ctx: Context) -> list[str]:
-    constitution = ctx.constitution
-    lines = [f"{constitution.name}, version {constitution.version}, hash `{constitution.hash}`.", ""]
-    for principle in constitution.principles:
+    lines = [f"{ctx.constitution.name}, version {ctx.constitution.version}, hash `{ctx.constitution.hash}`.", ""]
+    for principle in ctx.constitution.principles:
         texts = (principle.critique_request, principle.revision_request, principle.comparison)
         lines.append(f"- `{principle.id}`: " + " / ".join(" ".join(text.split()) for text in texts if text))
     return lines
