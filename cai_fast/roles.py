@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cai_fast import parallel, rng
+from cai_fast import model_card, parallel, rng
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
 from cai_fast.model import Model, lora
@@ -89,14 +89,18 @@ def reset(ctx: Context, model: Model, name: str, before: Model) -> None:
         model.load_state_dict(before.state_dict())
 
 
-def export(ctx: Context, model: Model, name: str, tokenizer: Any, **extra_config: Any) -> None:
-    """Write a trained model as checkpoint `name` of the run, in Hugging Face's format. Collective."""
+def export(ctx: Context, model: Model, name: str, tokenizer: Any, results: dict[str, Any], **extra_config: Any) -> None:
+    """Write a trained model as checkpoint `name` of the run, in Hugging Face's format, with its card. Collective.
+
+    results: the summary of its training, for the card.
+    """
     folder, adapted = ctx.checkpoint(name), bool(lora.adapters(model))
     gathered = parallel.gather(model, ctx.dtype) if parallel.is_sharded(model) else model
 
     def write() -> None:
         whole = lora.merge(model, "cpu") if adapted else gathered
-        whole.save(folder, tokenizer=tokenizer, extra_config=extra_config or None)
+        texts = model_card.files(ctx, name, results)
+        whole.save(folder, tokenizer=tokenizer, extra_config=extra_config or None, extra_files=texts)
         if adapted:
             below = model.source
             name_below = f"../../{below.name}" if below.parent == folder.parent else None  # run folders are moved

@@ -157,6 +157,11 @@ class Tokenizer:
         """The chat template; InputError where there is none."""
         return chat.Template(self._wrapped, self.source_path, self.control)
 
+    def as_text(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        """Ids as text with its control tokens, and the ids that transformers makes of that text: mostly the same."""
+        text = self._control.decode(list(ids), skip_special_tokens=False)
+        return text, self._wrapped(text, add_special_tokens=False)["input_ids"]
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files into a checkpoint folder."""
         self._wrapped.save_pretrained(path)

@@ -39,6 +39,7 @@ GROUPS = [
     {
         "pipeline",
         "sharing",
+        "model_card",
         "roles",
         "workload",
         "capacity",

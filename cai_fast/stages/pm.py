@@ -99,8 +99,8 @@ def run(ctx: Context) -> None:
         held_out |= {f"{m}/{name}": value for m, value in work.items()}
         ctx.log.info(f"{name}: trained on {summary[name]['trained_on']}, held out: {shown}")
         # transformers pools the last token that is not the padding token
-        roles.export(ctx, model, name, renderer.tokenizer, pad_token_id=renderer.tokenizer.pad_id)
-        del model, scorer  # before the next one is loaded and trained
+        roles.export(ctx, model, name, renderer.tokenizer, summary[name], pad_token_id=renderer.tokenizer.pad_id)
+        del model, replica, scorer  # before the next one is loaded and trained
         first_step += steps
     ctx.log.truncate("pm", first_step)
     ctx.log.metrics("pm", first_step, held_out)

@@ -217,12 +217,12 @@ def run(ctx: Context) -> None:
         ctx.log.warn(f"rl: stopped by a guard at {reason}; exporting the policy after {loop.exported_step} iterations")
     ctx.dist.barrier()
     rows = ctx.dist.on_main(lambda: write_rollouts(ctx))
-    roles.export(ctx, loop.policy, "rl_cai", loop.renderer.tokenizer)
     summary = {
         "guard": reason, "iterations": loop.exported_step, "rollouts": rows, "kl_coef": loop.ppo.kl_coef,
         "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],
         "kl_exact_final": loop.extra["kl_exact"], "kl_exact_max": loop.extra["kl_exact_max"],
     } | roles.sizes(loop.policy)  # fmt: skip
+    roles.export(ctx, loop.policy, "rl_cai", loop.renderer.tokenizer, summary)
     ctx.log.info(f"rl: {summary}")
     ctx.run.finish("rl", list(OUTPUTS), summary)
 

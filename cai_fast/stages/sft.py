@@ -47,8 +47,8 @@ def run(ctx: Context) -> None:
         ctx.config.checkpoint.keep, ctx.config.checkpoint.background,
     )  # fmt: skip
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
-    roles.export(ctx, model, "sl_cai", renderer.tokenizer)
     summary = counts | {"examples": len(fitting), "tokens": sum(lengths), "steps": steps} | roles.sizes(model)
+    roles.export(ctx, model, "sl_cai", renderer.tokenizer, summary)
     ctx.run.finish("sft", list(OUTPUTS), summary)
 
 
