@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cai_fast import checkpoint, rng
+from cai_fast import checkpoint, heartbeat, rng
 from cai_fast.batching import bins, split_even
 from cai_fast.checkpoint import TrainState
 from cai_fast.distributed import Distributed, Stopped, training_mfu
@@ -82,6 +82,7 @@ def fit(
     with log.progress(len(plan), task.name, "step", initial=start) as bar:
         for step in range(start, len(plan)):
             epoch, batch = plan[step]
+            heartbeat.at(task.name, f"step {step}")
             began = time.monotonic()
             norm = accumulate(task, batch, settings, optimizer, means, dist)
             values = {f"{task.name}/{name}": value for name, value in means.reduce(dist).items()}
@@ -131,5 +132,6 @@ def _restore(model: Model, optimizer: Optimizer, state_dir: Path) -> int:
 
 
 def _save(model: Model, optimizer: Optimizer, state: TrainState, state_dir: Path, dist: Distributed) -> None:
+    heartbeat.at(f"saving {state_dir.name}", f"step {state.step}")
     state.model, state.optimizer = model.state_dict(), optimizer.state_dict()
     dist.on_main(lambda: checkpoint.save(state_dir, state) and None)

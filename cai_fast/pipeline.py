@@ -3,16 +3,17 @@
 Stages exchange files of the run folder and never import each other; everything two of them need is here.
 """
 
+import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cai_fast import readers, records, rng
+from cai_fast import heartbeat, readers, records, rng
 from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
@@ -158,9 +159,15 @@ class Context:
         return self.bar
 
     def tick(self, index: int, completion: Completion) -> None:
-        """`progress` of `Engine.generate`: keeps the bar moving while a chunk of long texts is at work."""
+        """`progress` of `Engine.generate`: keeps the bar moving while a chunk of long texts is at work.
+
+        After a stop signal it raises Stopped, so that the signal does not wait for the chunk, whose texts are lost.
+        """
+        heartbeat.beat()
         if self.bar is not None:
             self.bar.tick()
+        if stop_requested():
+            raise Stopped
 
     def log_work(self, stage: str, step: int, seconds: float) -> None:
         """Collective: log `work`, if there was any."""
@@ -294,19 +301,22 @@ def journaled(
     known = len(ids) - len(pending)
     with ctx.progress(len(ids), stage, "row", initial=known, done=lambda: ctx.dist.add(rows_done, 0)) as bar:
         with ctx.run.journal(stage, ctx.dist.rank) as journal:
-            while (number := ctx.dist.next_item(stage)) < len(chunks):
-                expected = set(chunks[number])
-                for row in process(chunks[number]):
-                    expected.remove(row["id"])
-                    journal.append(row)
-                    ctx.dist.add(rows_done, 1)
-                    bar.update(1)
-                if expected:
-                    raise RuntimeError(
-                        f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}"
-                    )
-                if stop_requested():  # torchrun tells every rank, so each can leave at its own next chunk
-                    break
+            with contextlib.suppress(Stopped):  # by `tick`; the ranks agree on it below
+                while (number := ctx.dist.next_item(stage)) < len(chunks):
+                    expected = dict.fromkeys(chunks[number])
+                    heartbeat.at(stage, _naming(expected))
+                    for row in process(chunks[number]):
+                        del expected[row["id"]]
+                        journal.append(row)
+                        ctx.dist.add(rows_done, 1)
+                        heartbeat.at(stage, _naming(expected))
+                        bar.update(1)
+                    if expected:
+                        raise RuntimeError(f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {min(expected)}")
+                    if stop_requested():
+                        break
+            if stop_requested():
+                ctx.dist.add(stage, len(chunks))  # nothing is left for the others to begin
         stop = ctx.dist.stop_agreed()  # before the bar is closed: it counts the other ranks' last rows too
     if stop:
         raise Stopped
@@ -314,6 +324,12 @@ def journaled(
     ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)
     rows = _journal_rows(ctx, stage)
     return {item: rows[item] for item in ids}
+
+
+def _naming(ids: Collection[str]) -> str:
+    """The first of some ids, and how many more there are."""
+    first = next(iter(ids), "")
+    return f"{first} and {len(ids) - 1} more" if len(ids) > 1 else first
 
 
 def _journal_rows(ctx: Context, stage: str) -> dict[str, dict[str, Any]]:

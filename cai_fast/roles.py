@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cai_fast import rng
+from cai_fast import heartbeat, rng
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
 
@@ -28,4 +28,5 @@ def frozen(ctx: Context, role: str, *, head: str | None = None) -> Model:
 def export(ctx: Context, model: Model, name: str, tokenizer: Any, **extra_config: Any) -> None:
     """Write a trained model as checkpoint `name` of the run, in Hugging Face's format. Collective."""
     folder = ctx.checkpoint(name)
+    heartbeat.at("saving", name)
     ctx.dist.on_main(lambda: model.save(folder, tokenizer=tokenizer, extra_config=extra_config or None))

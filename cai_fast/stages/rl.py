@@ -3,7 +3,8 @@
 One iteration: answers to red-team and helpful prompts, sampled by an engine that shares the policy's weights; reward =
 preference score at the end of the answer, minus a KL penalty against SL-CAI at every token; PPO update.
 Guards look at the answers before they are trained on. A training state is saved only after they have passed, so the
-newest state is always a usable policy, and it is what a guard's stop leaves behind.
+newest state is always a usable policy, and it is what a guard's stop leaves behind. Only a stop signal while answers
+are sampled saves a policy that no guard has judged, in a folder of its own.
 """
 
 import heapq
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, checkpoint, pipeline, records, roles
+from cai_fast import chains, checkpoint, heartbeat, pipeline, records, roles
 from cai_fast.distributed import Stopped
 from cai_fast.model import ScalarHead
 from cai_fast.optim import schedule
@@ -39,8 +40,10 @@ class Loop:
         self.ctx, self.cfg, self.renderer = ctx, ctx.config.rl, ctx.renderer("sl_cai")
         self.policy, self.reference = roles.trained(ctx, "sl_cai", head="lm", name="rl"), roles.frozen(ctx, "sl_cai")
         self.sampler = Sampler(ctx, self.policy, self.renderer)
-        self.state_dir = ctx.run.state_dir("rl")
-        state = checkpoint.latest(self.state_dir)
+        self.state_dir, self.unjudged_dir = ctx.run.state_dir("rl"), ctx.run.state_dir("rl_unjudged")
+        judged, unjudged = map(checkpoint.latest, (self.state_dir, self.unjudged_dir))
+        self.judged = judged.step if judged else 0
+        state = unjudged if unjudged and unjudged.step > self.judged else judged
         if state is None:
             mean, deviation = 0.0, 1.0
             if self.cfg.reward_transform == "standardise":
@@ -79,7 +82,13 @@ class Loop:
         with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
-                answers = self.sampler.answer(self.sampler.items(step), "rl", step)
+                try:
+                    answers = self.sampler.answer(self.sampler.items(step), "rl", step)
+                except Stopped:
+                    if step > self.start:
+                        self.keep(step, journal, self.unjudged_dir)
+                    raise
+                heartbeat.at("rl: measuring", f"iteration {step}")
                 first = answers.items[0].number if answers.items else 0
                 rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
                 rewards = self.rewards(answers)
@@ -169,15 +178,21 @@ class Loop:
         """Save where it is due or a stop was asked for; the policy of `step` has passed the guards. Collective."""
         due = step == self.cfg.steps or (self.cfg.save_every and step % self.cfg.save_every == 0)
         stop = self.ctx.dist.stop_agreed()
-        if (due or stop) and step > self.start:
-            journal.sync()
-            self.ppo.save(self.state_dir, step, self.extra)
+        if (due or stop) and step > self.judged:
+            self.keep(step, journal, self.state_dir)
         if stop:
             raise Stopped
+
+    def keep(self, step: int, journal: Journal, folder: Path) -> None:
+        """Write the state after `step` iterations, and the answers before it. Collective."""
+        heartbeat.at("rl: saving", f"iteration {step}")
+        journal.sync()
+        self.ppo.save(folder, step, self.extra)
 
     def update(self, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Train on the answers of this iteration. Collective."""
         began = time.monotonic()
+        heartbeat.at("rl: updating", f"iteration {step}")
         stats = self.ppo.set_advantages(rollouts, rewards)
         self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)
         factor = schedule(self.cfg.schedule, step, self.cfg.steps, self.cfg.warmup_steps)
