@@ -60,10 +60,10 @@ class Heartbeat:
     """The thread of one rank. `store`: a connection of its own (an operation on a connection blocks the next one), or
     None in a world of one. `stall_s`, `timeout_s`: as in the configuration's section parallel; 0: never."""
 
-    def __init__(self, rank: int, world: int, store: torch_dist.Store | None, stall_s: float, timeout_s: float, *,
-                 interval: float = INTERVAL) -> None:  # fmt: skip
-        self.rank, self.world, self.store = rank, world, store
-        self.stall_s, self.timeout_s, self.interval = stall_s, timeout_s, interval
+    def __init__(
+        self, rank: int, world: int, store: torch_dist.Store | None, stall_s: float, timeout_s: float
+    ) -> None:  # fmt: skip
+        self.rank, self.world, self.store, self.stall_s, self.timeout_s = rank, world, store, stall_s, timeout_s
         self._reported = -1.0  # `since` of the place that was reported as stalled
         self._gone = ""
         self._end = threading.Event()
@@ -76,7 +76,7 @@ class Heartbeat:
         """End the thread, which must not outlive the interpreter; `last_words`: why this rank leaves the others. A
         second call changes nothing."""
         self._end.set()
-        self._thread.join(GRACE + self.interval)
+        self._thread.join(GRACE + INTERVAL)
         if self._thread.is_alive():
             self.store = None  # its connection is stuck
         if last_words and not self._gone:
@@ -84,7 +84,7 @@ class Heartbeat:
             self._publish()
 
     def _run(self) -> None:
-        while not self._end.wait(self.interval):
+        while not self._end.wait(INTERVAL):
             self._publish()
             place = _here[0]
             still = time.monotonic() - place.since
@@ -150,6 +150,8 @@ class Heartbeat:
         if self._first("timeout"):
             _say(f"error: rank {self.rank} has waited {still:.0f} s for the other ranks in {place}; never arrived: "
                  f"{self._absent()}. This is longer than parallel.timeout_s = {self.timeout_s:g}.")  # fmt: skip
+        self._gone = "has waited too long for the others"
+        self._publish()
         os._exit(FAILED)
 
     def _absent(self) -> str:
