@@ -90,9 +90,8 @@ class Heartbeat:
             still = time.monotonic() - place.since
             if self.timeout_s and place.waiting and still >= self.timeout_s:
                 self._give_up(place, still)
-            if self.stall_s and still >= self.stall_s and place.since != self._reported:
+            if self.stall_s and still >= self.stall_s and place.since != self._reported and self._report():
                 self._reported = place.since
-                self._report()
 
     def _record(self) -> dict[str, Any]:
         place = _here[0]
@@ -135,15 +134,19 @@ class Heartbeat:
         except torch_dist.DistError:
             return True
 
-    def _report(self) -> None:
-        """The table of all ranks; once, whichever rank notices first."""
+    def _report(self) -> bool:
+        """The table of all ranks, printed by whichever rank notices first; False if this rank rightly waits for one
+        that moves on."""
         records = self.ranks()
-        still = [r for r in records if r and r["still"] >= self.stall_s]
-        culprits = [r for r in still if not r["waiting"]] or still
-        if self._first(f"stall/{culprits[0]['since']}"):
+        at_work = [r for r in records if not r.get("waiting")]
+        still = [r for r in at_work or records if not r or r["still"] >= self.stall_s]
+        if not still:
+            return False
+        if self._first(f"stall/{still[0].get('since')}"):
             lines = [f"warning: no progress for {self.stall_s:g} s"]
             lines += [f"  rank {rank:<4} {_describe(record)}" for rank, record in enumerate(records)]
             _say("\n".join(lines))
+        return True
 
     def _give_up(self, place: Place, still: float) -> None:
         """End this process: the others may never come."""

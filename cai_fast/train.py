@@ -20,6 +20,7 @@ import contextlib
 import errno
 import importlib
 import os
+import time
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from cai_fast import config
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cai_fast.pipeline import Context
 
 FAILED, BAD_INPUT = 1, 2
+PATIENCE = 3.0  # seconds
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +47,9 @@ def main(argv: list[str]) -> int:
 
 
 def _bad_input(error: InputError, speak: bool | None = None) -> int:
-    _say(f"error: {' '.join(str(error).splitlines())}", sys.stderr, speak)  # libraries' messages may have several lines
+    text = f"error: {' '.join(str(error).splitlines())}"  # libraries' messages may have several lines
+    if not _say(text, sys.stderr, speak):
+        time.sleep(PATIENCE)  # torchrun ends all ranks with the first that ends: let the one that speaks be that one
     return BAD_INPUT
 
 
@@ -53,8 +57,11 @@ def _work(command: config.Command) -> int:
     """Everything that needs PyTorch, which is imported only now so that --help and typing errors answer at once."""
     from cai_fast import distributed
 
-    parallel = command.config.parallel
-    dist = distributed.init(command.config.model.device, timeout_s=parallel.timeout_s, stall_s=parallel.stall_s)
+    cfg = command.config
+    try:
+        dist = distributed.init(cfg.model.device, timeout_s=cfg.parallel.timeout_s, stall_s=cfg.parallel.stall_s)
+    except InputError as error:  # perhaps of this rank's GPU alone
+        return _bad_input(error, speak=True)
     try:
         _among_ranks(command, dist)
     except InputError as error:  # of one rank or of all
@@ -141,16 +148,17 @@ def _stage(ctx: "Context", name: str) -> bool:
     return ctx.run.record(name)["starts"] == 1  # else an earlier process may have read what this one had no need of
 
 
-def _say(text: str, stream: TextIO | None = None, speak: bool | None = None) -> None:
-    """Print; by default on the one process that talks to the user."""
+def _say(text: str, stream: TextIO | None = None, speak: bool | None = None) -> bool:
+    """Print if this process is the one to speak, by default rank 0; returns whether it is."""
     if not (os.environ.get("RANK", "0") == "0" if speak is None else speak):
-        return
+        return False
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
         with open(os.devnull, "w") as nowhere:  # else Python complains when it flushes what is left at its end
             os.dup2(nowhere.fileno(), stream.fileno())
+    return True
 
 
 def _end(code: int) -> NoReturn:

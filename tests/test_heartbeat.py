@@ -38,6 +38,20 @@ def test_one_process_reports_each_stall_once(alone: Heartbeat, capsys: pytest.Ca
     assert ["sft, step 3: at work" in lines[1], "sft, step 4: at work" in lines[3], len(lines)] == [True, True, 4]
 
 
+@pytest.mark.parametrize(("moves_on", "waits", "reported"), [(True, False, False), (False, False, True),
+                                                             (True, True, True)])  # fmt: skip
+def test_waiting_for_a_rank_that_moves_on_is_no_stall(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moves_on: bool, waits: bool, reported: bool
+) -> None:
+    heart = Heartbeat(0, 1, None, stall_s=600, timeout_s=0)
+    heart.stop()
+    mine = {"phase": "base", "item": "", "since": 1.0, "waiting": True, "still": 700.0, "gone": ""}
+    other = mine | {"item": "step 9", "waiting": waits, "still": 1.0 if moves_on and not waits else 650.0}
+    monkeypatch.setattr(heart, "ranks", lambda: [mine, other])
+    assert heart._report() == reported
+    assert ("rank 1    base, step 9" in capsys.readouterr().err) == reported
+
+
 def test_the_place_is_kept_while_waiting() -> None:
     heartbeat.at("pm", "step 1")
     before = heartbeat._here[0]

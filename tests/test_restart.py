@@ -60,6 +60,14 @@ def test_killed_ranks_come_back_and_the_run_goes_on(inputs: Path, unbroken: Path
     assert starts(run) == dict.fromkeys(starts(run), 1) | {"revise": 2, "rl": 2}
 
 
+def test_bad_input_ends_each_attempt_at_once(tmp_path: Path) -> None:
+    flags = ["--standalone", "--max-restarts=1", "--nproc-per-node=2"]
+    with ranks.torchrun(flags, ["--run-dir", tmp_path / "run", "--sede", "1"]) as runs:
+        code, text = runs.wait()
+    assert code == 1 and text.count("error: ") == 2, text  # torchrun has no way to be told not to try again
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_many_kills_at_random_instants(inputs: Path, unbroken: Path, tmp_path: Path) -> None:
     run, draw, kills = tmp_path / "run", random.Random(0), 10
