@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from cai_fast.distributed import TIMEOUT, Distributed
+from cai_fast.distributed import Distributed
 from cai_fast.errors import InputError
 from cai_fast.files import fsync_dir, hash_file
 
@@ -72,7 +72,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder, self.dist, self.keep, self.background = Path(folder), dist, keep, background
         # A group of its own, since the thread's collectives must not mix with those of the training.
-        self._group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.world > 1 else None
+        self._group = torch_dist.new_group(backend="gloo", timeout=dist.timeout) if dist.world > 1 else None
         self._options = {"process_group": self._group, "no_dist": self._group is None}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None

@@ -6,7 +6,10 @@ The only reader of torchrun's environment. With one process there is no process 
 
 import json
 import os
+import re
 import signal
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,13 +21,20 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from cai_fast.errors import InputError
+from cai_fast.heartbeat import Heartbeat, here, waiting
 
-TIMEOUT = timedelta(hours=1)  # longer than any work that only rank 0 does (hashing or saving a checkpoint)
+TIMEOUT_S = 3600  # longer than any work that only rank 0 does (hashing or saving a checkpoint)
+MARGIN = timedelta(seconds=60)  # by which a collective call outlasts the heartbeat, which knows what to say
+POLL = 0.05  # seconds
+# What gloo, NCCL and the store say when another process is gone.
+LOST = re.compile(r"connection (closed|reset|refused|was likely closed)|broken pipe|timed? ?out|remote process|aborted|"
+                  r"failed to recv", re.IGNORECASE)  # fmt: skip
 GRAD_BUCKET = 64 * 2**20  # elements
 # Dense bf16 operations per second, from the data sheets.
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "GH200": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14}
 
 _signals: dict[str, int] = {}  # the last stop signal received by this process; written by the handler only
+_joined: list["Distributed"] = []  # what `init` made and `shutdown` ends
 
 
 class Stopped(SystemExit):
@@ -38,14 +48,22 @@ class Stopped(SystemExit):
         return self.message
 
 
+class RankLost(RuntimeError):
+    """Another rank is gone, so this one cannot go on. The message names it, as far as it is known."""
+
+
 @dataclass
 class Distributed:
-    """This process among `world` processes. `device` is where its model lives."""
+    """This process among `world` processes. `device` is where its model lives. `store` is for this attempt of the
+    ranks; `launch` outlives the restarts of one torchrun."""
 
     rank: int
     world: int
     device: torch.device
     store: torch_dist.Store | None = None
+    launch: torch_dist.Store | None = None
+    heartbeat: Heartbeat | None = None
+    timeout: timedelta = timedelta(seconds=TIMEOUT_S) + MARGIN  # of collective calls
     counters: dict[str, int] = field(default_factory=dict)
     names: int = 0  # given by `fresh`
 
@@ -55,14 +73,14 @@ class Distributed:
 
     def barrier(self) -> None:
         """Collective."""
-        if self.world > 1:
-            torch_dist.all_reduce(torch.zeros(1))  # on the CPU: a NCCL barrier would have to guess the device
+        self.all_reduce(torch.zeros(1))  # on the CPU: a NCCL barrier would have to guess the device
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Collective: `sum`, `max` or `min` over ranks, in place; returns the tensor."""
         reduce_op = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX, "min": torch_dist.ReduceOp.MIN}[op]
         if self.world > 1:
-            torch_dist.all_reduce(tensor, op=reduce_op)
+            with waiting():
+                torch_dist.all_reduce(tensor, op=reduce_op)
         return tensor
 
     def all_reduce_sum(self, values: Any) -> Any:
@@ -79,45 +97,31 @@ class Distributed:
             return json.loads(json.dumps(value))  # the same conversions (tuple to list) as with more ranks
         data = json.dumps(value).encode() if self.rank == src else b""
         size = torch.tensor([len(data)])
-        torch_dist.broadcast(size, src)
-        buffer = torch.zeros(int(size), dtype=torch.uint8)
-        if self.rank == src:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        torch_dist.broadcast(buffer, src)
+        with waiting():
+            torch_dist.broadcast(size, src)
+            buffer = torch.zeros(int(size), dtype=torch.uint8)
+            if self.rank == src:
+                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            torch_dist.broadcast(buffer, src)
         return json.loads(buffer.numpy().tobytes())
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Collective: run `work` on rank 0 and give its JSON result, or its InputError, to every rank."""
+        """Collective: run `work` on rank 0 and give its JSON result, InputError or Stopped to every rank."""
         if self.world == 1:
             return work()
-        outcome: dict[str, Any] = {}
-        if self.is_main:
-            try:
-                outcome = {"result": work()}
-            except InputError as error:
-                outcome = {"error": str(error)}
-        outcome = self.broadcast_object(outcome)
-        if "error" in outcome:
-            raise InputError(outcome["error"])
-        return outcome["result"]
+        return _results([self.broadcast_object(_outcome(work) if self.is_main else {})])[0]
 
     def gather_objects(self, work: Callable[[], Any]) -> list[Any]:
-        """Collective: run `work` on every rank and give all JSON results, by rank, to every rank; or an InputError of
-        one of them, so that no rank waits for one that has given up."""
-        try:
-            outcome = {"result": work()}
-        except InputError as error:
-            outcome = {"error": str(error)}
-        data = json.dumps(outcome).encode()
+        """Collective: run `work` on every rank and give all JSON results, by rank, to every rank; or an InputError or
+        Stopped of one of them, so that no rank waits for one that has given up."""
+        data = json.dumps(_outcome(work)).encode()
         sizes = self.all_reduce_sum([len(data) if rank == self.rank else 0 for rank in range(self.world)])
         buffers = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
         buffers[self.rank][: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if self.world > 1:
-            torch_dist.all_gather(buffers, buffers[self.rank].clone())
-        found = [json.loads(b[: int(n)].numpy().tobytes()) for b, n in zip(buffers, sizes, strict=True)]
-        if errors := [outcome["error"] for outcome in found if "error" in outcome]:
-            raise InputError(errors[0])
-        return [outcome["result"] for outcome in found]
+            with waiting():
+                torch_dist.all_gather(buffers, buffers[self.rank].clone())
+        return _results([json.loads(b[: int(n)].numpy().tobytes()) for b, n in zip(buffers, sizes, strict=True)])
 
     def share(self, count: int, work: Callable[[int], Any]) -> list[Any]:
         """Collective: `work(number)` for number = 0 ... count - 1, each done by the rank that is free first; all JSON
@@ -162,6 +166,34 @@ class Distributed:
         self.counters[name] = self.counters.get(name, 0) + count
         return self.counters[name]
 
+    def first(self, name: str) -> bool:
+        """Is this the first rank that asks for `name`? Not collective; for what one rank should do or say."""
+        try:
+            return self.add(f"first/{name}", 1) == 1
+        except torch_dist.DistError:  # the store is gone: nobody else will speak either
+            return True
+
+    def done_before(self, name: str) -> bool:
+        """Has an attempt before this one, of the same torchrun, called `mark_done`? Not collective."""
+        if self.launch is None:
+            return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return self.launch.check([f"cai_fast/done/{name}"])
+
+    def mark_done(self, name: str) -> None:
+        """Later attempts of the same torchrun need not do this again."""
+        if self.launch is not None:
+            self.launch.set(f"cai_fast/done/{name}", "")
+
+    def lost(self, error: RuntimeError) -> str:
+        """If `error` is that another rank is gone: one line saying which, as far as that is known; else nothing."""
+        text = " ".join(str(error).split())
+        if self.heartbeat is None or not LOST.search(text):
+            return ""
+        if not isinstance(error, torch_dist.DistError) and "gloo" not in text.lower():
+            return ""
+        place = here()
+        return f"rank {self.rank} lost {self.heartbeat.lost()}; it was itself in {place} ({text[:200]})"
+
     def all_reduce_grads(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
         """Collective: sums of the params' gradients over ranks (loss scales are global, so the sum is the gradient).
 
@@ -194,30 +226,100 @@ class Distributed:
         return bool(self.all_reduce(torch.tensor([int(stop_requested())]), "max").item())
 
 
-def init(device: str = "auto") -> Distributed:
-    """Join torchrun's processes, or be a world of one. `device`: auto, cpu, cuda."""
+def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
+    """The result of `work`, or how it ended, as JSON."""
+    try:
+        return {"result": work()}
+    except InputError as error:
+        return {"error": str(error)}
+    except Stopped as stop:
+        return {"stopped": stop.message}
+
+
+def _results(outcomes: list[dict[str, Any]]) -> list[Any]:
+    """The ranks' results, or the first error of any of them, raised on each."""
+    for outcome in outcomes:
+        if "error" in outcome:
+            raise InputError(outcome["error"])
+    for outcome in outcomes:
+        if "stopped" in outcome:
+            raise Stopped(outcome["stopped"])
+    return [outcome["result"] for outcome in outcomes]
+
+
+def init(device: str = "auto", *, timeout_s: int = TIMEOUT_S, stall_s: int = 0) -> Distributed:
+    """Join torchrun's processes, or be a world of one. `device`: auto, cpu, cuda. Others: see `Heartbeat`."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = _device(device)
+    timeout = timedelta(seconds=timeout_s)
+    # torchrun hosts a store that outlives its workers. Without it rank 0 is the host, and no restart sees the old one.
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    launch = _connect(timeout, host=rank == 0 and not hosted) if world > 1 or hosted else None
+    dist = Distributed(rank, world, place, launch=launch if hosted else None, timeout=timeout + MARGIN)
+    if world > 1:
+        attempt = f"cai_fast/{_attempt(launch, rank, world, timeout_s)}"
+        dist.store = torch_dist.PrefixStore(attempt, launch)
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        torch_dist.init_process_group(
+            backend, store=dist.store, rank=rank, world_size=world, timeout=dist.timeout
+        )  # fmt: skip
+    own = torch_dist.PrefixStore(attempt, _connect(MARGIN)) if world > 1 else None
+    dist.heartbeat = Heartbeat(rank, world, own, stall_s, timeout_s)
+    _joined.append(dist)
+    return dist
+
+
+def _device(device: str) -> torch.device:
+    """The device that `model.device` means on this rank."""
     use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if use_cuda and not torch.cuda.is_available():
+    if not use_cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise InputError(f"model.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
-    place = torch.device("cpu")
-    if use_cuda:
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= torch.cuda.device_count():
-            raise InputError(
-                f"local rank {index} has no GPU: {torch.cuda.device_count()} found; lower --nproc-per-node"
-            )
-        place = torch.device("cuda", index)
-        torch.cuda.set_device(place)
-        # Partial sums of a long reduction, such as the head's over the vocabulary, stay in fp32.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if world == 1:
-        return Distributed(rank=0, world=1, device=place)
-    # Asked for here, not inside init_process_group, because the work counter needs the store as well.
-    store, rank, world = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Distributed(rank=rank, world=world, device=place, store=store)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise InputError(f"local rank {index} has no GPU: {torch.cuda.device_count()} found; lower --nproc-per-node")
+    place = torch.device("cuda", index)
+    torch.cuda.set_device(place)
+    # Partial sums of a long reduction, such as the head's over the vocabulary, stay in fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return place
+
+
+def _connect(timeout: timedelta, host: bool = False) -> torch_dist.TCPStore:
+    """A connection to the ranks' store, which this process makes if it is the `host`."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch_dist.TCPStore(address, port, is_master=host, timeout=timeout, wait_for_workers=False)
+
+
+def _attempt(store: torch_dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """Collective: a name for this attempt of the ranks; the store may hold keys of earlier ones.
+
+    torchrun's count of restarts is no such name: with several nodes it may differ between them. So rank 0 makes one
+    up, and answers every other rank that uses it; a rank that has read the name of a dead rank 0 gets no answer.
+    """
+    give_up = time.monotonic() + timeout_s
+
+    def wait(key: str) -> None:
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"rank {rank} of {world} has waited {timeout_s:g} s for the others to start ({key})")
+        time.sleep(POLL)
+
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("cai_fast/attempt", own)
+        for other in range(1, world):
+            key = f"cai_fast/{own}/rank {other}"
+            while not store.check([key]):
+                wait(key)
+            store.set(f"cai_fast/{own}/{store.get(key).decode()}", "")
+        return own
+    while True:
+        name = store.get("cai_fast/attempt").decode()
+        store.set(f"cai_fast/{name}/rank {rank}", own)
+        if store.check([f"cai_fast/{name}/{own}"]):
+            return name
+        wait(f"cai_fast/{name}/rank 0")
 
 
 def training_mfu(parameters: float, tokens_per_s: float, dist: Distributed) -> dict[str, float]:
@@ -227,10 +329,16 @@ def training_mfu(parameters: float, tokens_per_s: float, dist: Distributed) -> d
     return {} if peak is None else {"perf/mfu": 6.0 * parameters * tokens_per_s / (peak * dist.world)}
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
+def shutdown(error: BaseException | None = None) -> None:
+    """Leave the other ranks. `error`: why, if not because all is done, in which case this is collective."""
+    while _joined:
+        dist = _joined.pop()
+        why = "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        dist.heartbeat.stop(why)
+        if dist.world > 1:
+            if error is None:
+                dist.barrier()  # a rank that leaves early may take the store with it
+            torch_dist.destroy_process_group()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cai_fast import rng
+from cai_fast import heartbeat, rng
 from cai_fast.batching import bins, split_even
 from cai_fast.checkpoint import Checkpoints, TrainState
 from cai_fast.distributed import Distributed, Stopped, training_mfu
@@ -92,6 +92,7 @@ def fit(
     with states, log.progress(len(plan), task.name, "step", initial=start) as bar:
         for step in range(start, len(plan)):
             epoch, batch = plan[step]
+            heartbeat.at(task.name, f"step {step}")
             began = time.monotonic()
             norm = accumulate(task, batch, settings, optimizer, means, dist, even=is_sharded(model))
             values = {f"{task.name}/{name}": value for name, value in means.reduce(dist).items()}

@@ -16,11 +16,11 @@ from cai_fast.records import Prompt, Turn
 from cai_fast.tokenizer import Renderer
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
-_KINDS = {  # name -> (stage that makes it, role that it starts from, what it is, metric that every training step has)
+_KINDS = {  # name -> (stage that makes it, model that it starts from, what it is, metric that every training step has)
     "sl_cai": ("sft", "base", "SL-CAI: the base model fine-tuned on AI revisions of its answers", "sft/loss"),
     "pm": ("pm", "pm_init", "The preference model that RL-CAI is trained against", "pm/loss"),
     "pm_eval": ("pm", "pm_init", "A preference model for evaluation, trained on other data", "pm_eval/loss"),
-    "rl_cai": ("rl", "base", "RL-CAI: SL-CAI trained by PPO against the preference model", "rl/reward"),
+    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by PPO against the preference model", "rl/reward"),
 }
 _DATA = """Red-team prompts ask for harmful things and are offensive; first answers to them may comply. Critiques,
 revisions, answers and harmlessness labels were written by language models, not by people, under the constitution below.
@@ -78,25 +78,28 @@ def source_name(folder: Path) -> str:
     return cached[-1].removeprefix("models--").replace("--", "/") if cached else folder.resolve().name
 
 
-def _is_toy(ctx: Context, name: str) -> bool:
-    return ctx.folder(_KINDS[name][1]) == ctx.checkpoint("base")
+def _source(ctx: Context, name: str) -> str:
+    """The folder of the model that the run was given, which may be gone since; or "toy"."""
+    return ctx.config.role("pm_init" if name.startswith("pm") else "base")
 
 
-def _origin(ctx: Context, name: str, source: Path, licence: dict[str, str]) -> str:
-    if _is_toy(ctx, name):
+def _origin(ctx: Context, name: str, licence: dict[str, str]) -> str:
+    source = _source(ctx, name)
+    if source == TOY:
         return "the base model of cai_fast's toy world, trained from scratch"
     stated = licence.get("license_name") or licence.get("license")
-    return f"{source_name(source)}, " + (f"licence: {stated}" if stated else "whose folder states no licence")
+    return f"{source_name(Path(source))}, " + (f"licence: {stated}" if stated else "whose folder states no licence")
 
 
 def _notice(ctx: Context, name: str, source: Path, licence: dict[str, str]) -> tuple[str, str]:
     """(file name, text): the source's own notice, if it has one, and below it where this model comes from."""
     own = next((file for file in sorted(source.glob("NOTICE*")) if file.is_file()), None)
     text = (
-        f"This model is derived from {_origin(ctx, name, source, licence)}.\nIt was changed by Constitutional AI "
+        f"This model is derived from {_origin(ctx, name, licence)}.\nIt was changed by Constitutional AI "
         "training (arXiv 2212.08073) with cai_fast.\n"
     )
     before = own.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if own else ""
+    before = before.replace(text + "\n", "")  # that of SL-CAI, which RL-CAI starts from
     return (own.name if own else "NOTICE"), before + text
 
 
@@ -111,10 +114,10 @@ def _generation(source: Path, renderer: Renderer) -> str:
 def _card(
     ctx: Context, name: str, renderer: Renderer, results: dict[str, Any], licence: dict[str, str], notice: str
 ) -> str:
-    stage, role, title, metric = _KINDS[name]
-    source, record = ctx.folder(role), ctx.run.record(stage) or {}
-    origin = _origin(ctx, name, source, licence)
-    base = {} if _is_toy(ctx, name) else {"base_model": source_name(source)}
+    stage, _, title, metric = _KINDS[name]
+    record, source = ctx.run.record(stage) or {}, _source(ctx, name)
+    origin = _origin(ctx, name, licence)
+    base = {} if source == TOY else {"base_model": source_name(Path(source))}
     task = "text-classification" if stage == "pm" else "text-generation"
     front = base | licence | {"library_name": "transformers", "pipeline_tag": task}
     front |= {"tags": ["constitutional-ai", "rlaif", "cai_fast", name.replace("_", "-")]}

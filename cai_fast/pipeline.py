@@ -5,18 +5,18 @@ Stages exchange files of the run folder and never import each other; everything 
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cai_fast import readers, records, rng
+from cai_fast import heartbeat, readers, records, rng
 from cai_fast.config import Config, stage_settings
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
-from cai_fast.distributed import Distributed
+from cai_fast.distributed import Distributed, Stopped, stop_requested
 from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
 from cai_fast.model import Model
@@ -158,9 +158,15 @@ class Context:
         return self.bar
 
     def tick(self, index: int, completion: Completion) -> None:
-        """`progress` of `Engine.generate`: keeps the bar moving while a chunk of long texts is at work."""
+        """`progress` of `Engine.generate`: keeps the bar moving while a chunk of long texts is at work.
+
+        After a stop signal it raises Stopped, so that the signal does not wait for the chunk, whose texts are lost.
+        """
+        heartbeat.beat()
         if self.bar is not None:
             self.bar.tick()
+        if stop_requested():
+            raise Stopped
 
     def log_work(self, stage: str, step: int, seconds: float) -> None:
         """Collective: log `work`, if there was any."""
@@ -297,22 +303,28 @@ def journaled(
         with ctx.run.journal(stage, ctx.dist.rank) as journal:
 
             def work(number: int) -> None:
-                expected = set(chunks[number])
+                expected = dict.fromkeys(chunks[number])
+                heartbeat.at(stage, _naming(expected))
                 for row in process(chunks[number]):
-                    expected.remove(row["id"])
+                    del expected[row["id"]]
                     journal.append(row)
                     ctx.dist.add(rows_done, 1)
+                    heartbeat.at(stage, _naming(expected))
                     bar.update(1)
                 if expected:
-                    raise RuntimeError(
-                        f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {sorted(expected)[0]}"
-                    )
+                    raise RuntimeError(f"{stage}: {len(expected)} rows of a chunk were lost, e.g. {min(expected)}")
 
             ctx.dist.share(len(chunks), work)
     ctx.dist.barrier()
     ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)
     rows = _journal_rows(ctx, stage)
     return {item: rows[item] for item in ids}
+
+
+def _naming(ids: Collection[str]) -> str:
+    """The first of some ids, and how many more there are."""
+    first = next(iter(ids), "")
+    return f"{first} and {len(ids) - 1} more" if len(ids) > 1 else first
 
 
 def _journal_rows(ctx: Context, stage: str) -> dict[str, dict[str, Any]]:

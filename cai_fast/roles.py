@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cai_fast import model_card, parallel, rng
+from cai_fast import heartbeat, model_card, parallel, rng
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
 from cai_fast.model import Model, lora
@@ -95,6 +95,7 @@ def export(ctx: Context, model: Model, name: str, tokenizer: Any, results: dict[
     results: the summary of its training, for the card.
     """
     folder, adapted = ctx.checkpoint(name), bool(lora.adapters(model))
+    heartbeat.at("saving", name)
     gathered = parallel.gather(model, ctx.dtype) if parallel.is_sharded(model) else model
 
     def write() -> None:

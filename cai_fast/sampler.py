@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cai_fast import losses, pipeline, rng, roles
+from cai_fast import heartbeat, losses, pipeline, rng, roles
 from cai_fast.batching import Example
+from cai_fast.distributed import Stopped
 from cai_fast.engine import Completion
 from cai_fast.errors import InputError
 from cai_fast.model import Model
@@ -143,7 +144,8 @@ class Sampler:
 
     def generate(self, items: list[Item], stage: str, name: str) -> list[Completion]:
         """A completion for every item, in their order, on every rank: ranks pull pieces of the list called `name`, and
-        exchange them, so that a rank with short answers samples more and none waits long. Collective."""
+        exchange them, so that a rank with short answers samples more and none waits long. After a stop signal to any
+        rank Stopped is raised on all, once each has finished the answer in hand. Collective."""
         dist = self.ctx.dist
         if dist.world == 1:
             return self._sample(items, stage)
@@ -151,15 +153,20 @@ class Sampler:
 
         def work() -> list[tuple[int, list[Any]]]:
             mine = []
-            while (number := dist.next_item(name)) < len(parts):
-                made = self._sample(items[parts[number]], stage)
-                mine.append((number, [(c.token_ids, c.logprobs, c.finish_reason) for c in made]))
+            try:
+                while (number := dist.next_item(name)) < len(parts):
+                    made = self._sample(items[parts[number]], stage)
+                    mine.append((number, [(c.token_ids, c.logprobs, c.finish_reason) for c in made]))
+            except Stopped:
+                dist.add(name, len(parts))  # nothing is left for the others to begin
+                raise
             return mine
 
         made = dict(piece for by_rank in dist.gather_objects(work) for piece in by_rank)
         return [Completion(*fields) for number in range(len(parts)) for fields in made[number]]
 
     def _sample(self, items: list[Item], stage: str) -> list[Completion]:
+        heartbeat.at(f"{stage}: sampling", f"{items[0].prompt.id} and {len(items) - 1} more" if items else "")
         prompts = [self.renderer.dialogue(item.prompt.turns) for item in items]
         keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in items]
         return self.engine.generate(prompts, self.spec, keys=keys, progress=self.ctx.tick)

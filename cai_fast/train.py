@@ -20,7 +20,8 @@ import contextlib
 import errno
 import importlib
 import os
-from typing import TYPE_CHECKING, TextIO
+import time
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from cai_fast import config
 from cai_fast.errors import InputError
@@ -30,33 +31,62 @@ if TYPE_CHECKING:
     from cai_fast.pipeline import Context
 
 FAILED, BAD_INPUT = 1, 2
+PATIENCE = 3.0  # seconds
 
 
 def main(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code. Every problem of the user's is one message on stderr."""
     try:
         command = config.parse(argv)
-        if command.action == "help":
-            _say(config.help_text())
-        else:
-            _work(command)
-    except InputError as error:
-        _say(f"error: {' '.join(str(error).splitlines())}", sys.stderr)  # libraries' messages may have several lines
-        return BAD_INPUT
+        if command.action != "help":
+            return _work(command)
+        _say(config.help_text())
+    except InputError as error:  # the same on all ranks
+        return _bad_input(error)
+    return 0
+
+
+def _bad_input(error: InputError, speak: bool | None = None) -> int:
+    text = f"error: {' '.join(str(error).splitlines())}"  # libraries' messages may have several lines
+    if not _say(text, sys.stderr, speak):
+        time.sleep(PATIENCE)  # torchrun ends all ranks with the first that ends: let the one that speaks be that one
+    return BAD_INPUT
+
+
+def _work(command: config.Command) -> int:
+    """Everything that needs PyTorch, which is imported only now so that --help and typing errors answer at once."""
+    from cai_fast import distributed
+
+    cfg = command.config
+    try:
+        dist = distributed.init(cfg.model.device, timeout_s=cfg.parallel.timeout_s, stall_s=cfg.parallel.stall_s)
+    except InputError as error:  # perhaps of this rank's GPU alone
+        return _bad_input(error, speak=True)
+    try:
+        _among_ranks(command, dist)
+    except InputError as error:  # of one rank or of all
+        return _bad_input(error, dist.first(f"error {error}"))
+    except distributed.RankLost as error:
+        _say(f"error: {error}", sys.stderr, True)
+        return FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" writing {error.filename}" if error.filename else ""
-        _say(f"error: no space left{where}. Free some space, then run the same command again to continue.", sys.stderr)
+        text = f"error: no space left{where}. Free some space, then run the same command again to continue."
+        _say(text, sys.stderr, dist.first(text))
         return FAILED
+    except distributed.Stopped:
+        but = ", without --restart-from," if command.config.restart_from else ""
+        _say(f"Stopped by a signal; the work so far is saved. Run the same command again{but} to continue.", sys.stderr)
+        raise
     return 0
 
 
-def _work(command: config.Command) -> None:
-    """Everything that needs PyTorch, which is imported only now so that --help and typing errors answer at once."""
+def _among_ranks(command: config.Command, dist: "Distributed") -> None:
+    """Do the command's action, then leave the other ranks, telling them why if it failed."""
     from cai_fast import distributed, pipeline
 
-    dist = distributed.init(command.config.model.device)
     try:
         if command.action == "plan":
             _say("\n".join(pipeline.plan(command.config)))
@@ -67,11 +97,12 @@ def _work(command: config.Command) -> None:
             return
         distributed.install_signal_handlers()
         _run(command.config, dist)
-    except distributed.Stopped:
-        _say("Stopped by a signal; the work so far is saved. Run the same command again to continue.", sys.stderr)
+    except RuntimeError as error:
+        if line := dist.lost(error):
+            raise distributed.RankLost(line) from error
         raise
     finally:
-        distributed.shutdown()
+        distributed.shutdown(sys.exception())
 
 
 def _run(cfg: config.Config, dist: "Distributed") -> None:
@@ -80,7 +111,10 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
     from cai_fast.rundir import RunDir
     from cai_fast.runlog import RunLog
 
-    run = RunDir.open(cfg.run_dir, cfg, restart_from=cfg.restart_from or None, dist=dist)
+    # A restart by torchrun has the same command line, but must not discard what was done since.
+    restart_from = None if dist.done_before("restart-from") else cfg.restart_from or None
+    run = RunDir.open(cfg.run_dir, cfg, restart_from=restart_from, dist=dist)
+    dist.mark_done("restart-from")
     log = RunLog(run.path("metrics.jsonl"), dist.is_main)
     with contextlib.closing(run):
         ctx = pipeline.open_context(cfg, run, log, dist)
@@ -100,28 +134,46 @@ def _unread_everywhere(cfg: config.Config, ran: list[str], dist: "Distributed") 
 
 def _stage(ctx: "Context", name: str) -> bool:
     """Run one stage, or skip it if it is done; True if this process did all of it."""
+    from cai_fast import heartbeat
+
     stage = importlib.import_module(f"cai_fast.stages.{name}")
     inputs = stage.inputs(ctx)
     if ctx.run.is_done(name, inputs):
         ctx.log.info(f"{name}: done before")
         return False
     ctx.log.info(f"{name}: starting")
+    heartbeat.at(name, "start")
     ctx.run.begin(name, inputs)
     stage.run(ctx)
     return ctx.run.record(name)["starts"] == 1  # else an earlier process may have read what this one had no need of
 
 
-def _say(text: str, stream: TextIO | None = None) -> None:
-    """Print on the one process that talks to the user."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+def _say(text: str, stream: TextIO | None = None, speak: bool | None = None) -> bool:
+    """Print if this process is the one to speak, by default rank 0; returns whether it is."""
+    if not (os.environ.get("RANK", "0") == "0" if speak is None else speak):
+        return False
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
         with open(os.devnull, "w") as nowhere:  # else Python complains when it flushes what is left at its end
             os.dup2(nowhere.fileno(), stream.fileno())
+    return True
+
+
+def _end(code: int) -> NoReturn:
+    """End this process. Among ranks without taking the interpreter down: threads of the communication libraries may
+    still run, and one that then needs the interpreter aborts the process, although its work is done."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        exit_code = main(sys.argv[1:])
+    except SystemExit as stop:
+        exit_code = stop.code
+    _end(exit_code)

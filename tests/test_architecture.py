@@ -31,7 +31,7 @@ GROUPS = [
         "records",
         "readers",
     },
-    {"rng", "chat", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
+    {"rng", "chat", "tokenizer", "heartbeat", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},
     {"batching", "losses", "optim", "parallel", "fit", "ppo", "elo", "prefixes", "scorer"},

@@ -3,10 +3,11 @@
 The stages before are done once and copied. Faults are built into the killed process: see bench.forks.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,6 +19,7 @@ APPEND, STEP = "cai_fast.records:Journal.append", "cai_fast.optim:Optimizer.step
 WRITE, FINISH = "cai_fast.checkpoint:_write", "cai_fast.rundir:RunDir.finish"  # _write: three files a checkpoint
 RENAMED = "cai_fast.checkpoint:fsync_dir"  # twice a checkpoint: before it gets its name, before old ones are removed
 EXPORT = "cai_fast.model.hf:_write_shards"
+TICK = "cai_fast.pipeline:Context.tick"  # an answer is finished while others of its chunk or iteration are not
 TERM = "term"
 
 
@@ -29,8 +31,8 @@ class Undisturbed(NamedTuple):
     before: dict[str, Path]
     after: dict[str, Path]
 
-    def run(self, folder: Path, stage: str, fault: Fault | None = None) -> Run:
-        words = kill_campaign.command(self.inputs, folder, stages=stage)
+    def run(self, folder: Path, stage: str, fault: Fault | None = None, **settings: Any) -> Run:
+        words = kill_campaign.command(self.inputs, folder, stages=stage, **settings)
         return self.forks.run(words, fault=fault)
 
 
@@ -81,7 +83,9 @@ def test_killed_stages_resume_to_the_same_bits(
 
 @pytest.mark.parametrize(("stage", "fault", "kept"), [
     ("revise", Fault(APPEND, 6, TERM), "revise.0.jsonl"), ("pm", Fault(STEP, 1, TERM), "pm.state/step_1"),
-    ("rl", Fault(STEP, 10, TERM), "rl.state/step_3"),
+    ("rl", Fault(STEP, 10, TERM), "rl_unjudged.state/step_3"),
+    # Four answers an iteration: what iteration 2 has trained is kept, the answers of the next one are not.
+    ("revise", Fault(TICK, 50, TERM), "revise.0.jsonl"), ("rl", Fault(TICK, 14, TERM), "rl_unjudged.state/step_3"),
 ])  # fmt: skip
 def test_sigterm_saves_the_state_and_ends(
     undisturbed: Undisturbed, tmp_path: Path, stage: str, fault: Fault, kept: str
@@ -96,6 +100,21 @@ def test_sigterm_saves_the_state_and_ends(
     last = undisturbed.run(folder, stage)
     assert last.code == 0, last.text
     assert kill_campaign.differences(folder, undisturbed.after[stage]) == []
+
+
+def test_a_guard_never_falls_back_to_a_policy_that_a_stop_saved_unjudged(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    settings = {"rl__max_kl": 1e-9}  # so that the guard stops at the first policy that was trained
+    for name, fault in (("whole", None), ("stopped", Fault(TICK, 6, TERM))):
+        copy(undisturbed.before["rl"], tmp_path / name)
+        code = undisturbed.run(tmp_path / name, "rl", fault, **settings).code
+        assert code == (143 if fault else 0)
+    assert (tmp_path / "stopped" / "journal" / "rl_unjudged.state" / "step_1").is_dir()
+    assert undisturbed.run(tmp_path / "stopped", "rl", **settings).code == 0
+    assert kill_campaign.differences(tmp_path / "stopped", tmp_path / "whole") == []
+    summary = json.loads((tmp_path / "whole" / "manifest.json").read_text())["stages"]["rl"]["summary"]
+    assert "max_kl" in summary["guard"] and summary["iterations"] == 0
 
 
 def test_differences_are_seen(undisturbed: Undisturbed, tmp_path: Path) -> None:

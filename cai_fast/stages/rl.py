@@ -3,7 +3,8 @@
 One iteration: answers to red-team and helpful prompts, sampled by an engine that shares the policy's weights; reward =
 preference score at the end of the answer, minus a KL penalty against SL-CAI at every token; PPO update.
 Guards look at the answers before they are trained on. A training state is saved only after they have passed, so the
-newest state is always a usable policy, and it is what a guard's stop leaves behind.
+newest state is always a usable policy, and it is what a guard's stop leaves behind. Only a stop signal while answers
+are sampled saves a policy that no guard has judged, in a folder of its own.
 """
 
 import heapq
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, pipeline, records, roles
+from cai_fast import chains, heartbeat, pipeline, records, roles
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Stopped
 from cai_fast.model import ScalarHead
@@ -42,8 +43,13 @@ class Loop:
         self.policy = roles.trained(ctx, "sl_cai", head="lm", name="rl", trunk=self.reference)
         self.sampler = Sampler(ctx, self.policy, self.reference, self.renderer)
         settings = ctx.config.checkpoint
-        self.states = Checkpoints(ctx.run.state_dir("rl"), ctx.dist, keep=settings.keep, background=settings.background)
-        state = self.states.latest()
+        self.states, self.unjudged = (
+            Checkpoints(ctx.run.state_dir(name), ctx.dist, keep=settings.keep, background=settings.background)
+            for name in ("rl", "rl_unjudged")
+        )
+        judged, unjudged = self.states.latest(), self.unjudged.latest()
+        self.judged = judged.step if judged else 0
+        states, state = (self.unjudged, unjudged) if unjudged and unjudged.step > self.judged else (self.states, judged)
         if state is None:
             mean, deviation = 0.0, 1.0
             if self.cfg.reward_transform == "standardise":
@@ -58,7 +64,7 @@ class Loop:
             moments=ctx.config.model.moments,
         )  # fmt: skip
         if state is not None:
-            self.extra = self.ppo.restore(self.states, state)
+            self.extra = self.ppo.restore(states, state)
         ctx.log.truncate("rl", self.start)
         self.provenance = pipeline.provenance(
             ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
@@ -82,7 +88,14 @@ class Loop:
         with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
             for step in range(self.start, cfg.steps + 1):
                 began = time.monotonic()
-                answers = self.sampler.answer(self.sampler.items(step), "rl", step)
+                try:
+                    answers = self.sampler.answer(self.sampler.items(step), "rl", step)
+                except Stopped:
+                    if step > self.start:
+                        self.keep(step, journal, self.unjudged)
+                        self.unjudged.wait()
+                    raise
+                heartbeat.at("rl: measuring", f"iteration {step}")
                 first = answers.items[0].number if answers.items else 0
                 rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
                 rewards = self.rewards(answers)
@@ -172,16 +185,22 @@ class Loop:
         """Save where it is due or a stop was asked for; the policy of `step` has passed the guards. Collective."""
         due = step == self.cfg.steps or (self.cfg.save_every and step % self.cfg.save_every == 0)
         stop = self.ctx.dist.stop_agreed()
-        if (due or stop) and step > self.start:
-            journal.sync()
-            self.ppo.save(self.states, step, self.extra)
+        if (due or stop) and step > self.judged:
+            self.keep(step, journal, self.states)
         if stop:
             self.states.wait()
             raise Stopped
 
+    def keep(self, step: int, journal: Journal, states: Checkpoints) -> None:
+        """Write the state after `step` iterations, and the answers before it. Collective."""
+        heartbeat.at("rl: saving", f"iteration {step}")
+        journal.sync()
+        self.ppo.save(states, step, self.extra)
+
     def update(self, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Train on the answers of this iteration. Collective."""
         began = time.monotonic()
+        heartbeat.at("rl: updating", f"iteration {step}")
         stats = self.ppo.set_advantages(rollouts, rewards)
         self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)
         factor = schedule(self.cfg.schedule, step, self.cfg.steps, self.cfg.warmup_steps)
@@ -209,7 +228,7 @@ def inputs(ctx: Context) -> dict[str, Any]:
 def run(ctx: Context) -> None:
     """Write rollouts.jsonl and checkpoints/rl_cai."""
     loop = Loop(ctx)
-    with loop.states:
+    with loop.states, loop.unjudged:
         reason = loop.run()
         if reason:
             loop.fall_back()

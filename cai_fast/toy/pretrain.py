@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
-from cai_fast import kernels
+from cai_fast import heartbeat, kernels
 from cai_fast.batching import pack
 from cai_fast.checkpoint import Checkpoints, Saved, TrainState
 from cai_fast.distributed import Stopped, stop_requested
@@ -142,6 +142,7 @@ def train(recipe: Recipe, states: Checkpoints, log: RunLog) -> Model:
     stream = islice(batches(recipe.seed, recipe.tokens_per_step), state.step, recipe.steps)
     with states, log.progress(recipe.steps, "base", "step", initial=state.step) as bar:
         for step, batch in enumerate(stream, state.step):
+            heartbeat.at("base", f"step {step}")
             value = loss(model, batch)
             value.backward()
             optimizer.clip(1.0)

@@ -1,0 +1,70 @@
+"""One rank of tests/test_heartbeat.py: python heart_worker.py ACTION FOLDER, with torchrun's environment."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as torch_dist
+
+from cai_fast import distributed, heartbeat, train
+from cai_fast.errors import InputError
+
+
+def stall() -> None:
+    """Rank 1 sleeps in its sample until somebody has noticed, then for ever; rank 0 waits, and gives up."""
+    heartbeat.INTERVAL = 0.05
+    d = distributed.init("cpu", timeout_s=2, stall_s=1)
+    d.barrier()
+    heartbeat.at("rl: sampling", "prompt p17")
+    if d.rank == 1:
+        while d.heartbeat._reported < 0:
+            time.sleep(0.01)
+        threading.Event().wait()
+    d.barrier()
+
+
+def lose(how: str, folder: Path) -> int:
+    """Rank 1 ends in one of several ways while rank 0 waits for it."""
+
+    def run(cfg: Any, dist: distributed.Distributed) -> None:
+        heartbeat.at("sft", f"step {dist.rank + 12}")
+        dist.barrier()
+        if dist.rank == 1:
+            time.sleep(heartbeat.INTERVAL * 1.5)  # until it is known where this rank is
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"bug": KeyError("planted"), "input": InputError("only rank 1 sees this")}[how]
+        dist.barrier()
+
+    train._run = run
+    distributed.Distributed.on_main = lambda self, work: []  # nothing to check
+    return train.main(["--run-dir", str(folder)])
+
+
+def leave() -> None:
+    """Everything is done, while a thread is still in a call of the communication library."""
+    d = distributed.init("cpu")
+    own = torch_dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+    def go_on() -> None:
+        while True:
+            own.add("x", 1)
+
+    threading.Thread(target=go_on, daemon=True).start()
+    d.barrier()
+    distributed.shutdown()
+    print("all is done")
+    train._end(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "leave":
+        leave()
+    elif sys.argv[1] == "stall":
+        stall()
+    else:
+        sys.exit(lose(sys.argv[1], Path(sys.argv[2])))
