@@ -80,7 +80,9 @@ def context(folder: Path, base: Path) -> Context:
 
 def export(ctx: Context, name: str) -> Path:
     """The checkpoint `name`, untrained."""
-    model = load(ctx.folder("base"))
+    if name == "rl_cai" and not ctx.checkpoint("sl_cai").exists():
+        export(ctx, "sl_cai")
+    model = load(ctx.folder("sl_cai" if name == "rl_cai" else "base"))
     model = model.with_score_head(1) if NAMES[name] == "pm" else model
     tokenizer = Tokenizer.load(ctx.folder("base"))
     extra = {"pad_token_id": tokenizer.pad_id} if NAMES[name] == "pm" else {}
@@ -133,7 +135,9 @@ def test_without_licence_and_notice(tmp_path: Path) -> None:
     folder = export(ctx, "rl_cai")  # what SL-CAI's folder says is not said twice
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert front["base_model"] == "mine" and "license" not in front
-    assert (folder / "NOTICE").read_text().startswith("This model is derived from mine, whose folder states no licence")
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith("This model is derived from mine, whose folder states no licence")
+    assert notice.count("is derived") == 1
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
