@@ -231,6 +231,39 @@ def test_files_are_pefts(tmp_path: Path) -> None:
     }
 
 
+def test_a_scalar_head_is_trained_and_stored_with_its_adapters(tmp_path: Path) -> None:
+    model = adapted(("v_proj",), model=tiny_model(head="score"))
+    assert {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name} == {
+        "score.weight"
+    }
+    lora.save_adapters(model, tmp_path, "the/base")
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert config["base_model_name_or_path"] == "the/base"
+    tensors = load_file(tmp_path / lora.WEIGHTS)
+    assert torch.equal(tensors["base_model.model.score.weight"], model.score.weight) and len(tensors) == 5
+    # What peft 0.21 writes of a sequence classifier: its own two names after those that it was given.
+    for saved in (["classifier", "score"], ["score", "classifier", "score"]):
+        (tmp_path / lora.CONFIG).write_text(json.dumps(config | {"modules_to_save": saved}))
+        other = tiny_model(head="score").with_score_head(9)
+        lora.load_adapters(other, tmp_path)
+        assert torch.equal(other.score.weight, model.score.weight) and torch.equal(states(other), states(model))
+    with pytest.raises(InputError, match="modules_to_save"):
+        lora.load_adapters(tiny_model(), tmp_path)
+    save_file({n: t for n, t in tensors.items() if "score" not in n}, tmp_path / lora.WEIGHTS)
+    with pytest.raises(InputError, match="missing tensors: base_model.model.score.weight"):
+        lora.load_adapters(tiny_model(head="score"), tmp_path)
+
+
+def test_reset_draws_the_same_adapters_again() -> None:
+    model, fresh = adapted(seed=3), tiny_model()
+    lora.add_adapters(fresh, 4, 8.0, lora.TARGETS, 3)
+    for p in lora.adapters(model).values():
+        torch.nn.init.constant_(p.lora_A.weight, float("inf"))
+    lora.reset(model, 3)
+    assert all(torch.equal(p, fresh.get_parameter(name)) for name, p in model.named_parameters())
+
+
 # What peft 0.21 writes besides what it needs, as far as it is not null.
 PEFT = {
     "alpha_pattern": {}, "bias": "none", "ensure_weight_tying": False, "fan_in_fan_out": False, "inference_mode": True,

@@ -43,6 +43,18 @@ def test_every_stage_finishes_and_the_truth_is_measured(folder: Path) -> None:
     assert evaluation["policies"]["sl_cai"]["red_team"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_the_stages_that_train_do_so_with_adapters_too(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    words = ["--config", "smoke", "--run-dir", str(tmp_path / "run"), "--base.cache", "false", "--lora.rank", "4"]
+    words += ["--stages", "sft,compare,label,pm,rl", "--restart-from", "sft"]
+    assert train.main(words) == 0
+    stages = load(tmp_path / "run", "manifest.json")["stages"]
+    for summary in (stages["sft"]["summary"], stages["pm"]["summary"]["pm"], stages["rl"]["summary"]):
+        assert 0 < summary["trained_parameters"] < summary["parameters"] / 4
+    assert stages["rl"]["summary"]["iterations"] == 3
+
+
 def test_no_stage_trains_on_the_held_out_prompts(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     held_out = {row["id"] for row in rows if row["split"] == "eval"}
