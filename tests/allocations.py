@@ -14,29 +14,31 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, before: list[torch.Tensor]) -> None:
         super().__init__()
         self.found: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.noted = 0  # bytes of `found`, some of which may be gone
         self.peak = 0
         for tensor in before:
             self._note(tensor)
 
-    def _note(self, value: Any) -> bool:
-        """Whether the tensor has a storage that was not there before."""
+    def _note(self, value: Any) -> None:
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-            return False
+            return
         storage = value.untyped_storage()
         known = self.found.get(storage._cdata)
-        if known is not None and not known[0].expired():
-            return False
-        self.found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return True
+        if known is None or known[0].expired():
+            self.noted += storage.nbytes() - (known[1] if known else 0)
+            self.found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
     @property
     def now(self) -> int:
         """Bytes that live at this moment."""
         self.found = {key: pair for key, pair in self.found.items() if not pair[0].expired()}
-        return sum(size for _, size in self.found.values())
+        self.noted = sum(size for _, size in self.found.values())
+        return self.noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any([self._note(value) for value in tree_leaves(result)]):
+        for value in tree_leaves(result):
+            self._note(value)
+        if self.noted > self.peak:
             self.peak = max(self.peak, self.now)
         return result
