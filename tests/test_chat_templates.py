@@ -15,7 +15,7 @@ from support import byte_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from cai_fast import config, preflight
+from cai_fast import chat, config, preflight, prompts
 from cai_fast.constitution import load
 from cai_fast.errors import InputError
 from cai_fast.model import init_random
@@ -214,6 +214,10 @@ def test_few_shot_examples_are_shared_and_part_of_the_whole(family: tuple[Family
         text = r._chat_text([*r.prompts.few_shot(phase, 1).segments, *segments])
         assert prompt.prefix + prompt.ids == tokenizer.encode_control(text) and len(prompt.prefix) > 800
         assert text.count(SYSTEM) == bool(system)
+        messages, begun = prompts.messages(segments, system)
+        messages = chat.fold_system(messages) if r.style.folds_system else messages
+        whole = tokenizer.template.render([*messages, {"role": "assistant", "content": begun or "x"}], reply=False)
+        assert whole.startswith(r._chat_text(segments)), "a reply that we begin stands where the template puts replies"
 
 
 @pytest.mark.usefixtures("nobody_asks_for_the_time")
@@ -247,6 +251,15 @@ def test_of_several_templates_the_default_one_is_used(tmp_path: Path) -> None:
     del named["default"]
     with pytest.raises(InputError, match="no chat template.*no default"):
         renderer(Tokenizer.load(folder_of(tmp_path / "b", named)))  # type: ignore[arg-type]
+
+
+def test_the_stop_token_may_stand_behind_white_space(tmp_path: Path) -> None:
+    folder_of(tmp_path, FAMILIES["chatml"].template.replace("<|end|>", "\n<|end|>"))
+    wrapped = AutoTokenizer.from_pretrained(tmp_path)
+    wrapped.eos_token = "<eos>"
+    wrapped.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert renderer(tokenizer).stop_id == tokenizer.control["<|end|>"] != tokenizer.eos_id
 
 
 def checkpoint(path: Path, rows: dict[str, torch.Tensor | None]) -> Path:
