@@ -22,6 +22,7 @@ GROUPS = [
     {
         "errors",
         "files",
+        "inputs",
         "config_schema",
         "config_sections",
         "config",
@@ -31,7 +32,7 @@ GROUPS = [
         "records",
         "readers",
     },
-    {"rng", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
+    {"rng", "tokenizer_files", "tokenizer", "distributed", "runlog", "rundir", "checkpoint"},
     {"model"},
     {"engine"},
     {"batching", "losses", "optim", "parallel", "fit", "ppo", "elo", "prefixes", "scorer"},
