@@ -236,7 +236,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             actions.append("help" if word == "-h" else word[2:])
             continue
         if not word.startswith("--"):
-            raise InputError(f"Unexpected argument {word!r}. Settings look like --rl.kl_coef 0.1; see --help.")
+            raise InputError(f"Unexpected argument {word!r:.80}. Settings look like --rl.kl_coef 0.1; see --help.")
         name, equals, value = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -257,8 +257,8 @@ def _unknown(name: str) -> str:
         return ""
     section, dot, key = name.partition(".")
     if dot and section in SECTIONS:
-        return f"Unknown key {name}.{_nearest_key(section, key)}"
-    return f"Unknown argument --{name}.{nearest(name, keys if dot else [*flags, *keys])}"
+        return f"Unknown key {name[:80]}.{_nearest_key(section, key)}"
+    return f"Unknown argument --{name[:80]}.{nearest(name, keys if dot else [*flags, *keys])}"
 
 
 def _nearest_key(section: str, key: str) -> str:
@@ -299,7 +299,7 @@ def _value(text: str) -> Any:
 def _find(name: str, folder: Path) -> Path:
     if not name.endswith(".toml") and "/" not in name:
         if name not in preset_names():
-            raise InputError(f"Unknown preset {name!r}.{nearest(name, preset_names())} A file's name ends in .toml.")
+            raise InputError(f"Unknown preset {name!r:.80}.{nearest(name, preset_names())} A file's name ends in .toml.")
         return PRESETS / f"{name}.toml"
     return require_file(folder / name, f"a TOML file, or one of the presets {', '.join(preset_names())}").resolve()
 
@@ -313,7 +313,7 @@ def _section(name: str, table: dict[str, Any]) -> schema.Section:
     keys = {schema.key_of(f.name): f.name for f in dataclasses.fields(SECTIONS[name])}
     for key in table:
         if key not in keys:
-            raise InputError(f"Unknown key {name}.{key}.{_nearest_key(name, key)}")
+            raise InputError(f"Unknown key {name}.{key[:80]}.{_nearest_key(name, key)}")
     return SECTIONS[name](**{keys[key]: value for key, value in table.items()})
 
 

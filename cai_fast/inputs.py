@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import stat
 import tomllib
@@ -32,6 +33,8 @@ def kind(path: str | Path) -> str:
 def require_file(path: str | Path, expected: str = "") -> Path:
     """`path`, which is a regular file: it is read more than once, and a pipe would be waited for."""
     found = kind(path)
+    if found == "file" and not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f"{path}: cannot be read: {os.strerror(errno.EACCES)}")
     if found == "file":
         return Path(path)
     wrong = {"": "no such file", "folder": "a folder", "special": "no regular file"}[found]

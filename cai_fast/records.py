@@ -206,7 +206,6 @@ def _dumps(value: Any) -> str:
 
 def _write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
     """Replace `path`: readers see the old file or the whole new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with tmp.open("wb") as handle:
@@ -252,7 +251,7 @@ class Journal:
         self.interval = interval
         if kind(self.path) not in ("", "file"):
             raise InputError(f"{self.path}: expected a journal of this program, found no regular file; remove it")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)  # not its parents: a run folder that is gone must not come back empty
         self._file = self.path.open("ab+", buffering=0)
         self._cut_torn_line()
         self._synced = time.monotonic()
@@ -334,6 +333,7 @@ def write_tokens(path: str | Path, rows: Mapping[str, tuple[Sequence[int], Seque
         "has_logprobs": np.asarray([values is not None for _, values in rows.values()], dtype=np.uint8),
         "ids": np.frombuffer("\n".join(rows).encode(), dtype=np.uint8),
     }
+    Path(path).parent.mkdir(exist_ok=True)
     _write_atomic(Path(path), [save(arrays)])
 
 

@@ -86,7 +86,7 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = list(old) + [k for k in new if k not in old]
         found = (_differences(old.get(k, "(absent)"), new.get(k, "(absent)"), f"{name}.{k}".lstrip(".")) for k in keys)
         return [line for lines in found for line in lines]
-    return [] if old == new else [f"{name}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return [] if old == new else [f"{name[:80]}: {json.dumps(old):.200} -> {json.dumps(new):.200}"]
 
 
 def _environment(dist: Distributed) -> dict[str, Any]:
@@ -133,6 +133,7 @@ class RunDir:
     def __init__(self, path: Path, cfg: config.Config, dist: Distributed):
         self.root, self.cfg, self.dist = path, cfg, dist
         self.lock: int | None = None  # a descriptor, not a file object: it lives until `close` or the process ends
+        self.ready = False  # whether there is a manifest
         self.verified: set[str] = set()
         self.began: dict[str, float] = {}
 
@@ -174,6 +175,7 @@ class RunDir:
         self._take_lock()
         self._check_settings(restart_from)  # before anything is deleted
         write_atomic(self.path("manifest.json"), json.dumps(self._manifest(), indent=1))
+        self.ready = True
         self.path("journal").mkdir(exist_ok=True)
         if restart_from:
             self.clear_from(restart_from)
@@ -229,7 +231,11 @@ class RunDir:
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path("manifest.json")
-        return check_manifest(path, read_json(path)) if kind(path) else {"version": 1, "stages": {}}
+        if kind(path):
+            return check_manifest(path, read_json(path))
+        if self.ready:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return {"version": 1, "stages": {}}
 
     def _update(self, stage: str, record: dict[str, Any]) -> None:
         manifest = self._manifest()

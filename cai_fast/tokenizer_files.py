@@ -27,7 +27,7 @@ def open_folder(path: Path) -> Any:
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)  # where transformers lets a bare Exception through
     except ValueError as error:
-        raise InputError(f"{file}: not a tokenizer ({error})") from error
+        raise InputError(f"{file}: not a tokenizer ({str(error):.300})") from error
     for template in _templates(json.loads(backend.to_str())["post_processor"]):
         for piece in (*template["single"], *template["pair"]):
             name = piece.get("SpecialToken", {}).get("id")
@@ -39,7 +39,7 @@ def open_folder(path: Path) -> Any:
     try:
         wrapped = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except WRONG as error:
-        raise InputError(f"{path}: cannot load the tokenizer: {error}") from error
+        raise InputError(f"{path}: cannot load the tokenizer: {str(error):.300}") from error
     if not isinstance(wrapped, PreTrainedTokenizerFast):
         raise InputError(f"{path}: not a fast tokenizer ({type(wrapped).__name__})")
     return wrapped

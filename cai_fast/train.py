@@ -44,12 +44,24 @@ def main(argv: list[str]) -> int:
         _say(f"error: {' '.join(str(error).splitlines())}", sys.stderr)  # libraries' messages may have several lines
         return BAD_INPUT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        fault = _fault(error, command.config.run_dir)
+        if not fault:
             raise
-        where = f" writing {error.filename}" if error.filename else ""
-        _say(f"error: no space left{where}. Free some space, then run the same command again to continue.", sys.stderr)
+        _say(f"error: {fault}, then run the same command again to continue.", sys.stderr)
         return FAILED
     return 0
+
+
+def _fault(error: OSError, run_dir: str) -> str:
+    """What is wrong with the machine, and the remedy; empty for an error that may be the program's."""
+    where = f" writing {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left{where}. Free some space"
+    if error.errno in (errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES):
+        return f"{error.strerror}{where}. Mend that"
+    if error.errno == errno.ENOENT and not os.path.exists(run_dir):
+        return f"the run folder {run_dir} is gone. Bring it back"
+    return ""
 
 
 def _work(command: config.Command) -> None:

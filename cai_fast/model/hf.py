@@ -206,7 +206,7 @@ def check_names(folder: Path, head: str, missing: list[str], unexpected: list[st
         return
 
     def listed(names: list[str]) -> str:
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return ", ".join(name[:80] for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     parts = [f"missing tensors: {listed(missing)}"] if missing else []
     parts += [f"unexpected tensors: {listed(unexpected)}"] if unexpected else []
