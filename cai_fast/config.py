@@ -299,7 +299,9 @@ def _value(text: str) -> Any:
 def _find(name: str, folder: Path) -> Path:
     if not name.endswith(".toml") and "/" not in name:
         if name not in preset_names():
-            raise InputError(f"Unknown preset {name!r:.80}.{nearest(name, preset_names())} A file's name ends in .toml.")
+            raise InputError(
+                f"Unknown preset {name!r:.80}.{nearest(name, preset_names())} A file's name ends in .toml."
+            )
         return PRESETS / f"{name}.toml"
     return require_file(folder / name, f"a TOML file, or one of the presets {', '.join(preset_names())}").resolve()
 

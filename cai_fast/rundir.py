@@ -118,7 +118,7 @@ def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
         for part in ("settings", "inputs", *(("outputs", "summary") if finished else ())):
             need(isinstance(record.get(part), dict), f"{stage}.{part}", "an object")
         for name, facts in record.get("outputs", {}).items():
-            place = f"{stage}.outputs.{name}"
+            place = f"{stage}.outputs.{name[:80]}"
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
             need(inside and name not in OWN_FILES, place, "the name of a file in the run folder")
             types = {"bytes": int, "mtime_ns": int, "sha256": str}

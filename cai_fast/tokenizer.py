@@ -168,7 +168,9 @@ class Tokenizer:
                 date_string=_DATE, chat_template=_PINNED_DATE + self._wrapped.get_chat_template(),
             )  # fmt: skip
         except (TemplateError, *WRONG) as error:
-            raise InputError(f"{self.source_path}: the chat template refuses our messages: {str(error):.300}") from error
+            raise InputError(
+                f"{self.source_path}: the chat template refuses our messages: {str(error):.300}"
+            ) from error
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:

@@ -96,7 +96,12 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
     log = RunLog(run.path("metrics.jsonl"), dist.is_main)
     with contextlib.closing(run):
         ctx = pipeline.open_context(cfg, run, log, dist)
-        ran = [name for name in cfg.stages if _stage(ctx, name)]
+        try:
+            ran = [name for name in cfg.stages if _stage(ctx, name)]
+        except InputError as error:  # files are missing when all of them are
+            if os.path.exists(run.root):
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root)) from error
         _say("\n".join(pipeline.summary_lines(run)))
     unread = _unread_everywhere(cfg, ran, dist)
     if unread:

@@ -235,7 +235,7 @@ def check_fields(raw: dict[str, Any]) -> None:
             continue
         expected = f"; supported: {_NEUTRAL[name][0]!r}" if name in _NEUTRAL else "; this field is not supported"
         families = ", ".join(FAMILIES)
-        raise InputError(f"config.json: {name} = {value!r:.80}{expected} (supported: plain {families} decoders)")
+        raise InputError(f"config.json: {name[:80]} = {value!r:.80}{expected} (supported: plain {families} decoders)")
     if raw.get("attention_bias") and raw["model_type"] in ("mistral", "qwen2"):
         raise InputError(f"config.json: attention_bias is not a field of {raw['model_type']}")
     if raw.get("mlp_bias") and raw["model_type"] != "llama":

@@ -185,7 +185,7 @@ def pieces(folder: Path) -> Iterator[tuple[Path, str, Any]]:
         table = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(table, dict) or not table:
             raise InputError(f"{folder / INDEX}: no weight_map")
-        files = sorted({folder / Path(str(file)).name for file in table.values()})
+        files = sorted({folder / Path(str(file)).name[:255] for file in table.values()})
     else:
         files, table = [folder / SINGLE], None
     for file in files:
@@ -196,9 +196,11 @@ def pieces(folder: Path) -> Iterator[tuple[Path, str, Any]]:
                     if table is None or table.get(name) == file.name:
                         yield file, name, handle.get_slice(name)
                     else:
-                        raise InputError(f"{file}: tensor {name} is not listed for this file in {INDEX}")
+                        raise InputError(f"{file}: tensor {name[:80]} is not listed for this file in {INDEX}")
         except SafetensorError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from error
+            raise InputError(
+                f"{file}: not a readable safetensors file ({str(error):.300}); is the download complete?"
+            ) from error
 
 
 def check_names(folder: Path, head: str, missing: list[str], unexpected: list[str]) -> None:

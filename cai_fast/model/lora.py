@@ -202,7 +202,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected an adapter with peft_type LORA")
     for name, value in config.items():
         if name not in _PASSIVE and value and value not in _NEUTRAL.get(name, ()):
-            raise InputError(f"{path}: {name} = {value!r:.80} is not supported")
+            raise InputError(f"{path}: {name[:80]} = {value!r:.80} is not supported")
     rank, alpha, targets = (config.get(name) for name in ("r", "lora_alpha", "target_modules"))
     numbers = type(rank) is int and rank <= 2**16 and type(alpha) in (int, float) and abs(alpha) < 2**31
     if not numbers or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -216,4 +216,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}
     except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); is the download complete?") from error
+        raise InputError(
+            f"{path}: not a readable safetensors file ({str(error):.300}); is the download complete?"
+        ) from error
