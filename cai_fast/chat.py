@@ -16,6 +16,7 @@ import tokenizers
 from jinja2 import TemplateError
 
 from cai_fast.errors import InputError
+from cai_fast.tokenizer_files import WRONG
 
 Messages = list[dict[str, str]]
 
@@ -61,18 +62,6 @@ def without_control(serialized: str) -> tuple[dict[str, int], tokenizers.Tokeniz
     return control, backend
 
 
-def generation_stops(folder: Path) -> list[int]:
-    """The end tokens that a checkpoint's generation_config.json names."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    try:
-        ends = json.loads(path.read_bytes()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a JSON object: {error}") from error
-    return [index for index in (ends if isinstance(ends, list) else [ends]) if isinstance(index, int)]
-
-
 def fold_system(messages: Messages) -> Messages:
     """The messages with the text of a leading system message before that of the first user message."""
     if not messages or messages[0]["role"] != "system":
@@ -108,8 +97,8 @@ class Template:
                 messages, tokenize=False, add_generation_prompt=reply, enable_thinking=False, thinking=False,
                 date_string=_DATE, chat_template=_PINNED_DATE + self.text,
             )  # fmt: skip
-        except (TemplateError, TypeError) as error:  # what it raises, and what an expression of it does
-            raise InputError(f"{self.path}: the chat template refuses our messages: {error}") from error
+        except (TemplateError, *WRONG) as error:  # what it raises, and what an expression of it does
+            raise InputError(f"{self.path}: the chat template refuses our messages: {str(error):.300}") from error
 
     @cached_property
     def _forbidden(self) -> re.Pattern[str]:

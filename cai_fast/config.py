@@ -7,7 +7,6 @@ out of range are InputErrors that name the nearest key or the range.
 import dataclasses
 import json
 import textwrap
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from cai_fast.config_sections import (
     SftConfig,
 )
 from cai_fast.errors import InputError
+from cai_fast.inputs import is_text, parse_toml, read_bytes, require_file
 
 STAGES = ("base", "revise", "sft", "compare", "label", "pm", "rl", "evaluate", "report")
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -136,17 +136,12 @@ def read_file(name: str, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = _find(name, _chain[-1].parent if _chain else Path())
     if path in _chain:
         raise InputError(f"{path} extends itself: {' -> '.join(p.name for p in (*_chain, path))}.")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a valid TOML file: {error}.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    tree = parse_toml(read_bytes(path), path)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
-        raise InputError(f"extends in {path} must be the name of a preset or a TOML file. Got {parent!r}.")
+        raise InputError(f"extends in {path} must be the name of a preset or a TOML file. Got {parent!r:.80}.")
     merged = read_file(parent, (*_chain, path))
     for key, value in tree.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -165,7 +160,7 @@ def build(tree: dict[str, Any], explicit: frozenset[str] = frozenset()) -> Confi
         elif key in TOP_LEVEL:
             values[key] = value
         else:
-            raise InputError(f"Unknown key {key!r}.{nearest(key, (*TOP_LEVEL, *SECTIONS))}")
+            raise InputError(f"Unknown key {key!r:.80}.{nearest(key, (*TOP_LEVEL, *SECTIONS))}")
     cfg = Config(**_top_level(values), explicit=explicit)
     _check_together(cfg)
     return cfg
@@ -241,7 +236,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             actions.append("help" if word == "-h" else word[2:])
             continue
         if not word.startswith("--"):
-            raise InputError(f"Unexpected argument {word!r}. Settings look like --rl.kl_coef 0.1; see --help.")
+            raise InputError(f"Unexpected argument {word!r:.80}. Settings look like --rl.kl_coef 0.1; see --help.")
         name, equals, value = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -262,8 +257,8 @@ def _unknown(name: str) -> str:
         return ""
     section, dot, key = name.partition(".")
     if dot and section in SECTIONS:
-        return f"Unknown key {name}.{_nearest_key(section, key)}"
-    return f"Unknown argument --{name}.{nearest(name, keys if dot else [*flags, *keys])}"
+        return f"Unknown key {name[:80]}.{_nearest_key(section, key)}"
+    return f"Unknown argument --{name[:80]}.{nearest(name, keys if dot else [*flags, *keys])}"
 
 
 def _nearest_key(section: str, key: str) -> str:
@@ -295,21 +290,22 @@ def _value(text: str) -> Any:
     """The TOML value `text` spells (1e-4, true, [1, 3]); a bare list 1,3; otherwise the text itself."""
     for spelled in (text, f"[{text}]" if "," in text else text, f"0{text}" if text.startswith(".") else text):
         try:
-            return tomllib.loads(f"value = {spelled}")["value"]
-        except tomllib.TOMLDecodeError:
+            table = parse_toml(f"value = {spelled}".encode(), text)
+        except (InputError, UnicodeEncodeError):
             continue
+        if "#" not in text and table.keys() == {"value"}:  # neither a comment nor a second line is dropped
+            return table["value"]
     return text
 
 
 def _find(name: str, folder: Path) -> Path:
     if not name.endswith(".toml") and "/" not in name:
         if name not in preset_names():
-            raise InputError(f"Unknown preset {name!r}.{nearest(name, preset_names())} A file's name ends in .toml.")
+            raise InputError(
+                f"Unknown preset {name!r:.80}.{nearest(name, preset_names())} A file's name ends in .toml."
+            )
         return PRESETS / f"{name}.toml"
-    path = (folder / name).resolve()
-    if not path.is_file():
-        raise InputError(f"Configuration file {path} not found. Bundled presets: {', '.join(preset_names())}.")
-    return path
+    return require_file(folder / name, f"a TOML file, or one of the presets {', '.join(preset_names())}").resolve()
 
 
 def _field(section: str, key: str) -> dataclasses.Field:
@@ -321,7 +317,7 @@ def _section(name: str, table: dict[str, Any]) -> schema.Section:
     keys = {schema.key_of(f.name): f.name for f in dataclasses.fields(SECTIONS[name])}
     for key in table:
         if key not in keys:
-            raise InputError(f"Unknown key {name}.{key}.{_nearest_key(name, key)}")
+            raise InputError(f"Unknown key {name}.{key[:80]}.{_nearest_key(name, key)}")
     return SECTIONS[name](**{keys[key]: value for key, value in table.items()})
 
 
@@ -330,20 +326,20 @@ def _top_level(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     seed = values.setdefault("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**63:
-        raise InputError(f"seed must be a whole number in [0, 2^63). Got {seed!r}.")
+        raise InputError(f"seed must be a whole number in [0, 2^63). Got {seed!r:.80}.")
     for key in ("preset", "run_dir", "restart_from"):
-        if not isinstance(values.get(key, ""), str):
-            raise InputError(f"{key} must be text. Got {values[key]!r}.")
+        if not is_text(values.get(key, "")):
+            raise InputError(f"{key} must be text. Got {values[key]!r:.80}.")
     values.setdefault("preset", "toy")
     values["run_dir"] = values.get("run_dir") or f"runs/{values['preset']}"
     toy = values.get("model", ModelConfig()).values()["base"] == "toy"
     stages = values.get("stages") or [stage for stage in STAGES if stage != "base" or toy]
     restart = [values["restart_from"]] if values.get("restart_from") else []
     if not isinstance(stages, list | tuple):
-        raise InputError(f"stages must be a list of names. Got {stages!r}.")
+        raise InputError(f"stages must be a list of names. Got {stages!r:.80}.")
     for stage in (*stages, *restart):
         if stage not in STAGES:
-            raise InputError(f"Unknown stage {stage!r}.{nearest(str(stage), STAGES)} Stages: {', '.join(STAGES)}.")
+            raise InputError(f"Unknown stage {stage!r:.80}.{nearest(str(stage), STAGES)} Stages: {', '.join(STAGES)}.")
     values["stages"] = tuple(stage for stage in STAGES if stage in stages)  # always in the pipeline's order
     return values
 
@@ -390,4 +386,5 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False)  # JSON's text, whole numbers and truth values are TOML's
+    # JSON's text, whole numbers and truth values are TOML's, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, get_args, get_origin
 
 from cai_fast.errors import InputError
+from cai_fast.inputs import is_text
 
 
 def opt(
@@ -27,7 +28,7 @@ def opt(
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?', X being the known name most like `name`."""
-    return f" Did you mean {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}?"
+    return f" Did you mean {difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)[0]!r}?"
 
 
 class Section:
@@ -101,6 +102,8 @@ def _convert(value: Any, kind: Any) -> Any:
             return None
         items = tuple(_convert(item, get_args(kind)[0]) for item in value)
         return None if None in items else items
+    if type(value) is int and abs(value) >= 2**63 or type(value) is str and not is_text(value):
+        return None
     if kind is float and type(value) is int:
         return float(value)
     return value if type(value) is kind else None
@@ -128,4 +131,4 @@ def _range(meta: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else f"{value!r:.80}"

@@ -7,7 +7,6 @@ files that the paper's authors published (see published.py).
 import difflib
 import hashlib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cai_fast.errors import InputError
+from cai_fast.inputs import kind, parse_toml, read_bytes
 from cai_fast.records import Turn, content_id
 
 Phase = Literal["critique", "comparison"]
@@ -174,19 +174,20 @@ def uniform(*parts: Any) -> float:
 def load(spec: str | Path) -> Constitution:
     """A constitution by bundled name, TOML file, or folder of the paper's JSON; InputError names what is wrong."""
     path = Path(spec)
-    if path.is_dir():
+    found = kind(path)
+    if found == "folder":
         from cai_fast.published import read_folder
 
         return read_folder(path)
-    if path.is_file():
-        return _from_toml(path.read_bytes(), str(path))
+    if found:
+        return _from_toml(read_bytes(path), str(path))
     bundled = {
         entry.name.removesuffix(".toml"): entry
         for entry in resources.files("cai_fast.constitutions").iterdir()
         if entry.name.endswith(".toml")
     }
     if str(spec) not in bundled:
-        near = difflib.get_close_matches(str(spec), bundled, 1)
+        near = difflib.get_close_matches(str(spec)[:80], bundled, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(
             f"unknown constitution {str(spec)!r}: {hint}expected one of {', '.join(sorted(bundled))}, "
@@ -196,10 +197,7 @@ def load(spec: str | Path) -> Constitution:
 
 
 def _from_toml(data: bytes, where: str) -> Constitution:
-    try:
-        tree = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not valid TOML: {error}") from error
+    tree = parse_toml(data, where)
     _known(tree, ("constitution", "principle", "few_shot", "format"), where)
     head = _build(_Head, tree.get("constitution", {}), f"{where}: [constitution]")
     if not isinstance(rows := tree.get("principle", []), list) or not rows:
@@ -210,10 +208,9 @@ def _from_toml(data: bytes, where: str) -> Constitution:
     _known(few_shot, ("critique", "comparison", "cot"), f"{where}: [few_shot]")
 
     def examples(phase: str, cls: type) -> tuple:
-        return tuple(
-            _example(cls, row, f"{where}: few_shot.{phase} {number}")
-            for number, row in enumerate(few_shot.get(phase, []), 1)
-        )
+        if not isinstance(rows := few_shot.get(phase, []), list):
+            raise InputError(f"{where}: expected [[few_shot.{phase}]] tables, found {rows!r:.60}")
+        return tuple(_example(cls, row, f"{where}: few_shot.{phase} {n}") for n, row in enumerate(rows, 1))
 
     return Constitution(
         head.name, head.version, head.description, tuple(principles),
@@ -230,9 +227,9 @@ def _table(value: Any, where: str) -> dict[str, Any]:
 
 def _known(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     known = list(known)
-    for key in set(table) - set(known):
-        near = difflib.get_close_matches(key, known, 1) or known
-        raise InputError(f"{where}: unknown key {key!r}; did you mean {' or '.join(near)}?")
+    for key in sorted(set(table) - set(known)):
+        near = difflib.get_close_matches(key[:80], known, 1) or known
+        raise InputError(f"{where}: unknown key {key!r:.80}; did you mean {' or '.join(near)}?")
 
 
 def _build(cls: type, row: Any, where: str) -> Any:
@@ -252,8 +249,8 @@ def _build(cls: type, row: Any, where: str) -> Any:
                 raise InputError(f"{where}: {f.name} must be a list of strings")
             row[f.name] = tuple(value)
         elif f.type is float:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise InputError(f"{where}: {f.name} must be a positive number, found {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e100:
+                raise InputError(f"{where}: {f.name} must be a positive number, found {value!r:.60}")
             row[f.name] = float(value)
         elif not isinstance(value, str) or (f.default is MISSING and not value.strip()):
             raise InputError(f"{where}: {f.name} must be a non-empty string, found {value!r:.60}")
@@ -272,14 +269,14 @@ def _example(cls: type, row: Any, where: str) -> Any:
         row = row | {"revision": row.get("response", "")}  # nothing to change: the revision repeats the response
     example = _build(cls, row, where)
     if cls is CotExample and example.answer not in ("A", "B"):
-        raise InputError(f"{where}: answer must be A or B, found {example.answer!r}")
+        raise InputError(f"{where}: answer must be A or B, found {example.answer!r:.60}")
     return example
 
 
 def _check_principles(principles: list[Principle], where: str) -> None:
     seen = set()
     for principle in principles:
-        name = f"{where}: principle {principle.id!r}"
+        name = f"{where}: principle {principle.id!r:.60}"
         if principle.id in seen:
             raise InputError(f"{name} occurs twice; ids must be distinct")
         seen.add(principle.id)
@@ -293,7 +290,7 @@ def _check_principles(principles: list[Principle], where: str) -> None:
 def _format(table: dict[str, Any], where: str) -> Format:
     result = _build(Format, table, where)
     if result.kind not in KINDS:
-        raise InputError(f"{where}: kind must be one of {', '.join(KINDS)}, found {result.kind!r}")
+        raise InputError(f"{where}: kind must be one of {', '.join(KINDS)}, found {result.kind!r:.60}")
     if len(result.options) != 2 or not all(option.strip() for option in result.options):
         raise InputError(f"{where}: options must be two non-empty strings")
     templates = TEMPLATES | OPTIONAL_TEMPLATES
@@ -308,10 +305,12 @@ def _format(table: dict[str, Any], where: str) -> Format:
         found = re.findall(r"\{(\w+)\}", template)
         for placeholder in allowed:
             if template and found.count(placeholder) != 1:
-                raise InputError(f"{where}: template {name!r} must hold {{{placeholder}}} once, found {template!r}")
+                raise InputError(
+                    f"{where}: template {name!r} must hold {{{placeholder}}} once, found {template!r:.200}"
+                )
         if unknown := set(found) - {*allowed, "eos"}:
             raise InputError(
-                f"{where}: template {name!r} has the unknown placeholder {{{unknown.pop()}}}; "
+                f"{where}: template {name!r} has the unknown placeholder {{{min(unknown)[:60]}}}; "
                 f"known: {', '.join((*allowed, 'eos'))}"
             )
     if result.revision.split("{critique}")[0].rstrip() != result.critique.rstrip():

@@ -1,12 +1,12 @@
 """The JSON files that the paper's authors published, as a constitution whose prompts have the very bytes of theirs."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from cai_fast.constitution import ComparisonExample, Constitution, CotExample, CritiqueExample, Format, Principle
 from cai_fast.errors import InputError
+from cai_fast.inputs import kind, read_json
 from cai_fast.readers import BadRow, parse_dialogue
 from cai_fast.records import Turn
 
@@ -34,7 +34,7 @@ def _paper_critique(raw: Any, where: str) -> CritiqueExample:
     if pieces[1::2] != ["CritiqueRequest", "Critique", "RevisionRequest", "Revision"]:
         raise InputError(f"{where}: expected a transcript with CritiqueRequest, Critique, RevisionRequest, Revision")
     turns = _dialogue(pieces[0], where)
-    if turns[-1].role != "assistant":
+    if not turns or turns[-1].role != "assistant":
         raise InputError(f"{where}: the conversation must end with the assistant's response")
     return CritiqueExample(
         turns[:-1], turns[-1].text, pieces[2], pieces[4], pieces[6], pieces[8].removesuffix("\n\nHuman:"), raw
@@ -53,9 +53,12 @@ def _paper_cot(row: Any, where: str) -> CotExample:
 def _paper_comparison(row: Any, where: str) -> ComparisonExample:
     try:
         (better,), (worse,) = row["corrects"], row["incorrects"]
-        return ComparisonExample(_dialogue(row["prompt"], where), better, worse)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        texts = [row["prompt"], better, worse]
+    except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{where}: expected {{prompt, corrects: [one], incorrects: [one]}} ({error})") from error
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}: prompt, corrects and incorrects must hold strings, found {texts!r:.80}")
+    return ComparisonExample(_dialogue(row["prompt"], where), better, worse)
 
 
 def _dialogue(text: str, where: str) -> tuple[Turn, ...]:
@@ -68,19 +71,14 @@ def _dialogue(text: str, where: str) -> tuple[Turn, ...]:
 def read_folder(folder: Path) -> Constitution:
     """The published files: instructions {key: {prompt: [str], edit_request: str}}, few-shot transcripts [str],
     comparison principles [str], comparison examples [{prompt, corrects, incorrects}], CoT examples [{prompt}]."""
-    base = folder / "prompts" if (folder / "prompts").is_dir() else folder
+    base = folder / "prompts" if kind(folder / "prompts") == "folder" else folder
 
-    def read(name: str, kind: type) -> Any:
+    def read(name: str, shape: type) -> Any:
         path = base / f"{name}.json"
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; expected the folder of the paper's JSON files")
-        try:
-            value = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if isinstance(value, kind) and value:
+        value = read_json(path, "the folder of the paper's JSON files")
+        if isinstance(value, shape) and value:
             return value
-        raise InputError(f"{path}: expected a non-empty {'object' if kind is dict else 'list'}")
+        raise InputError(f"{path}: expected a non-empty {'object' if shape is dict else 'list'}")
 
     principles = []
     for key, value in read("CritiqueRevisionInstructions", dict).items():

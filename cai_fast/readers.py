@@ -8,7 +8,6 @@ a damaged archive stops the run; a row of the wrong shape is rejected with its l
 
 import gzip
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cai_fast.errors import InputError
+from cai_fast.inputs import HALF_A_PAIR, is_text, parse_json, require_file
 from cai_fast.records import Prompt, Turn, content_id
 
 _ROLES = {"human": "human", "user": "human", "prompter": "human", "assistant": "assistant", "gpt": "assistant"}
@@ -56,20 +56,18 @@ class BadRow(Exception):
 
 def lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(line number, parsed JSON) of every non-blank line; InputError on a damaged file."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = require_file(path)
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
         with opener(path, "rb") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
-                    yield number, json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error}); expected one JSON object a line") from error
+                    yield number, parse_json(line, f"{path}, line {number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: damaged gzip file after line {number} ({error}); fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _rows(path: str | Path, parse: Callable[[Any], list], max_bad_fraction: float) -> tuple[list, list[Rejected]]:
@@ -120,8 +118,8 @@ def parse_messages(messages: Any) -> tuple[Turn, ...]:
         role, text = message.get("role", message.get("from")), message.get("content", message.get("text"))
         if role == "system":
             continue
-        if role not in _ROLES or not isinstance(text, str):
-            raise BadRow(f"message with role {role!r} and content of type {type(text).__name__}")
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
+            raise BadRow(f"message with role {role!r:.60} and content of type {type(text).__name__}")
         turns.append(Turn(_ROLES[role], text))
     return tuple(turns)
 
@@ -141,6 +139,8 @@ def _check(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         raise BadRow("human and assistant do not alternate, human first")
     if not all(turn.text.strip() for turn in turns):
         raise BadRow("an empty turn")
+    if not all(is_text(turn.text) for turn in turns):
+        raise BadRow(HALF_A_PAIR)
     return turns
 
 
@@ -212,9 +212,15 @@ def _preference_of(row: Any) -> list[Preference]:
         raise BadRow("neither chosen and rejected nor prob_a")
     if not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise BadRow("a missing or empty response")
-    if isinstance(prob_a, bool) or not isinstance(prob_a, (int, float)) or not 0 <= prob_a <= 1:
-        raise BadRow(f"prob_a must be in [0, 1], found {prob_a!r}")
-    return [Preference(turns, *answers, float(prob_a))]
+    if not all(map(is_text, answers)):
+        raise BadRow(HALF_A_PAIR)
+    return [Preference(turns, *answers, _probability(prob_a))]
+
+
+def _probability(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise BadRow(f"prob_a must be in [0, 1], found {value!r:.60}")
+    return float(value)
 
 
 def read_comparisons(path: str | Path, *, max_bad_fraction: float = 0.05) -> tuple[list[Preference], list[Rejected]]:
@@ -226,13 +232,16 @@ def read_comparisons(path: str | Path, *, max_bad_fraction: float = 0.05) -> tup
 def read_labels(path: str | Path, *, max_bad_fraction: float = 0.0) -> dict[str, float]:
     """Labels made elsewhere: rows with comparison_id and prob_a -> {comparison_id: prob_a}."""
 
+    seen: set[str] = set()
+
     def parse(row: Any) -> list[tuple[str, float]]:
         if not isinstance(row, dict) or not isinstance(row.get("comparison_id"), str):
             raise BadRow("no comparison_id")
-        prob_a = row.get("prob_a")
-        if isinstance(prob_a, bool) or not isinstance(prob_a, (int, float)) or not 0 <= prob_a <= 1:
-            raise BadRow(f"prob_a must be in [0, 1], found {prob_a!r}")
-        return [(row["comparison_id"], float(prob_a))]
+        label = row["comparison_id"], _probability(row.get("prob_a"))
+        if label[0] in seen:
+            raise BadRow(f"a second label for comparison {label[0]!r:.60}")
+        seen.add(label[0])
+        return [label]
 
     found, _ = _rows(path, parse, max_bad_fraction)
     return dict(row for _, row in found)
@@ -247,9 +256,15 @@ def read_hhh(path: str | Path) -> list[Question]:
         correct, incorrect = row.get("corrects"), row.get("incorrects")
         if not isinstance(correct, list) or len(correct) != 1 or not isinstance(incorrect, list) or not incorrect:
             raise BadRow("expected one string in corrects and at least one in incorrects")
-        if "text_correct" not in row:
+        both = [row[name] for name in ("text_correct", "text_incorrect") if name in row]
+        texts = [row["prompt"], *correct, *incorrect, *both]
+        if not all(isinstance(text, str) and text.strip() for text in texts) or len(both) == 1:
+            raise BadRow("a text is missing, empty or no string")
+        if not all(map(is_text, texts)):
+            raise BadRow(HALF_A_PAIR)
+        if not both:
             return [Question(row["prompt"], correct[0], tuple(incorrect))]
-        better, worse = parse_dialogue(row["text_correct"]), parse_dialogue(row["text_incorrect"])
+        better, worse = map(parse_dialogue, both)
         if better[:-1] != worse[:-1]:
             raise BadRow("text_correct and text_incorrect answer different conversations")
         return [Question(row["prompt"], correct[0], tuple(incorrect), better[:-1], _answer(better), _answer(worse))]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cai_fast.errors import InputError
+from cai_fast.inputs import kind, parse_json, require_file
 
 T = TypeVar("T", bound="Record")
 
@@ -51,7 +52,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _decode(args[0], value, where)
     if origin is Literal:
         if value not in args:
-            raise InputError(f"{where}: expected one of {', '.join(map(str, args))}, found {value!r}")
+            raise InputError(f"{where}: expected one of {', '.join(map(str, args))}, found {value!r:.80}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
@@ -62,7 +63,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return _decode_record(hint, value, where)
     expected = dict if origin is dict else hint
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise InputError(f"{where}: expected {expected.__name__}, found {value!r:.80}")
@@ -74,7 +75,7 @@ def _decode_record(cls: type, value: Any, where: str) -> Any:
         raise InputError(f"{where}: expected an object, found {type(value).__name__}")
     hints = _hints(cls)
     if unknown := sorted(set(value) - set(hints)):
-        raise InputError(f"{where}: unknown field {unknown[0]!r} in {cls.__name__}; it has {', '.join(hints)}")
+        raise InputError(f"{where}: unknown field {unknown[0]!r:.80} in {cls.__name__}; it has {', '.join(hints)}")
     decoded = {}
     for f in fields(cls):
         if f.name in value:
@@ -205,7 +206,6 @@ def _dumps(value: Any) -> str:
 
 def _write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
     """Replace `path`: readers see the old file or the whole new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with tmp.open("wb") as handle:
@@ -225,22 +225,17 @@ def _write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
 
 def write_jsonl(path: str | Path, rows: Iterable[Record | Mapping[str, Any]]) -> None:
     """Write records (or plain dicts), one JSON object a line, atomically."""
-    _write_atomic(Path(path), ((_dumps(_plain(row)) + "\n").encode("utf-8", "surrogatepass") for row in rows))
+    _write_atomic(Path(path), ((_dumps(_plain(row)) + "\n").encode() for row in rows))
 
 
 def read_jsonl(path: str | Path, cls: type[T]) -> list[T]:
     """All records of a file that this program wrote; strict."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = require_file(path)
     rows = []
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
-            try:
-                value = json.loads(line.decode("utf-8", "surrogatepass"))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-            rows.append(cls.from_json(value, f"{path}, line {number}"))
+            where = f"{path}, line {number}"
+            rows.append(cls.from_json(parse_json(line, where), where))
     return rows
 
 
@@ -254,7 +249,9 @@ class Journal:
     def __init__(self, path: str | Path, *, interval: float = 5.0) -> None:
         self.path = Path(path)
         self.interval = interval
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if kind(self.path) not in ("", "file"):
+            raise InputError(f"{self.path}: expected a journal of this program, found no regular file; remove it")
+        self.path.parent.mkdir(exist_ok=True)  # not its parents: a run folder that is gone must not come back empty
         self._file = self.path.open("ab+", buffering=0)
         self._cut_torn_line()
         self._synced = time.monotonic()
@@ -279,17 +276,16 @@ class Journal:
         rows = []
         with self.path.open("rb") as handle:
             for number, line in enumerate(handle, 1):
-                try:
-                    rows.append(json.loads(line.decode("utf-8", "surrogatepass")))
-                except ValueError as error:
-                    raise InputError(
-                        f"{self.path}, line {number}: not JSON ({error}); delete the file to start this stage anew"
-                    ) from error
+                row = parse_json(line, f"{self.path} (delete it to start this stage anew), line {number}")
+                if not isinstance(row, dict):
+                    raise InputError(f"{self.path}, line {number}: expected an object, found {row!r:.60}; delete the "
+                                     "file to start this stage anew")  # fmt: skip
+                rows.append(row)
         return rows
 
     def append(self, row: Record | Mapping[str, Any]) -> None:
         """Add one row; on the disk within `interval` seconds of further appends, or at close."""
-        data = (_dumps(_plain(row)) + "\n").encode("utf-8", "surrogatepass")
+        data = (_dumps(_plain(row)) + "\n").encode()
         while data:  # a raw write may be partial; a full disk raises and leaves a torn line for the next opening
             data = data[self._file.write(data) :]
         if time.monotonic() - self._synced >= self.interval:
@@ -337,6 +333,7 @@ def write_tokens(path: str | Path, rows: Mapping[str, tuple[Sequence[int], Seque
         "has_logprobs": np.asarray([values is not None for _, values in rows.values()], dtype=np.uint8),
         "ids": np.frombuffer("\n".join(rows).encode(), dtype=np.uint8),
     }
+    Path(path).parent.mkdir(exist_ok=True)
     _write_atomic(Path(path), [save(arrays)])
 
 

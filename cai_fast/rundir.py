@@ -27,6 +27,7 @@ from cai_fast import config
 from cai_fast.distributed import Distributed
 from cai_fast.errors import InputError
 from cai_fast.files import fsync_dir, hash_file, write_atomic
+from cai_fast.inputs import kind, read_json
 from cai_fast.records import Journal
 from cai_fast.runlog import truncate_metrics
 
@@ -67,7 +68,7 @@ def _hash_json(value: Any) -> str:
 def require_free(path: str | os.PathLike[str], size: int) -> None:
     """InputError unless `path` (or its nearest existing parent) can be written to and has `size` bytes free."""
     place = Path(path).absolute()
-    while not place.exists():
+    while not kind(place) and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {place} is not a folder that can be written to; choose another --run-dir")
@@ -85,7 +86,7 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = list(old) + [k for k in new if k not in old]
         found = (_differences(old.get(k, "(absent)"), new.get(k, "(absent)"), f"{name}.{k}".lstrip(".")) for k in keys)
         return [line for lines in found for line in lines]
-    return [] if old == new else [f"{name}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return [] if old == new else [f"{name[:80]}: {json.dumps(old):.200} -> {json.dumps(new):.200}"]
 
 
 def _environment(dist: Distributed) -> dict[str, Any]:
@@ -99,12 +100,40 @@ def _environment(dist: Distributed) -> dict[str, Any]:
             "threads": torch.get_num_threads(), "platform": platform.platform()}  # fmt: skip
 
 
+def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
+    """`manifest`, if every part is as this module writes it: files are deleted by the names that it holds."""
+
+    def need(holds: bool, place: str, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{path}: {place}: expected {expected}; restore it or choose another --run-dir")
+
+    need(isinstance(manifest, dict) and manifest.get("version") == 1, "version", "1")
+    stages = manifest.get("stages")
+    need(isinstance(stages, dict) and set(stages) <= set(config.STAGES), "stages", "a record for some of the stages")
+    for stage, record in stages.items():
+        need(isinstance(record, dict), stage, "an object")
+        finished = record.get("status") == "finished"
+        need(finished or record.get("status") == "started", f"{stage}.status", "started or finished")
+        need(type(record.get("starts")) is int, f"{stage}.starts", "a whole number")
+        for part in ("settings", "inputs", *(("outputs", "summary") if finished else ())):
+            need(isinstance(record.get(part), dict), f"{stage}.{part}", "an object")
+        for name, facts in record.get("outputs", {}).items():
+            place = f"{stage}.outputs.{name[:80]}"
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+            need(inside and name not in OWN_FILES, place, "the name of a file in the run folder")
+            types = {"bytes": int, "mtime_ns": int, "sha256": str}
+            exact = isinstance(facts, dict) and {key: type(value) for key, value in facts.items()} == types
+            need(exact, place, ", ".join(types))
+    return manifest
+
+
 class RunDir:
     """An open run folder. `open`, `is_done`, `begin`, `finish` are collective: call them on every rank."""
 
     def __init__(self, path: Path, cfg: config.Config, dist: Distributed):
         self.root, self.cfg, self.dist = path, cfg, dist
         self.lock: int | None = None  # a descriptor, not a file object: it lives until `close` or the process ends
+        self.ready = False  # whether there is a manifest
         self.verified: set[str] = set()
         self.began: dict[str, float] = {}
 
@@ -146,6 +175,7 @@ class RunDir:
         self._take_lock()
         self._check_settings(restart_from)  # before anything is deleted
         write_atomic(self.path("manifest.json"), json.dumps(self._manifest(), indent=1))
+        self.ready = True
         self.path("journal").mkdir(exist_ok=True)
         if restart_from:
             self.clear_from(restart_from)
@@ -192,22 +222,20 @@ class RunDir:
     def _record_environment(self) -> None:
         """A list, because a run may be continued on another machine: one entry per change."""
         path = self.path("environment.json")
-        entries = json.loads(path.read_text()) if path.exists() else []
+        entries = read_json(path) if kind(path) else []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{path}: expected a list of objects; restore it or delete it")
         now = _environment(self.dist)
         if not entries or {k: v for k, v in entries[-1].items() if k != "since"} != now:
             write_atomic(path, json.dumps([*entries, {"since": round(time.time(), 3)} | now], indent=1))
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path("manifest.json")
-        if not path.exists():
-            return {"version": 1, "stages": {}}
-        try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not valid JSON ({error}); restore it or choose another --run-dir") from error
-        if manifest.get("version") != 1:
-            raise InputError(f"{path}: version {manifest.get('version')}, expected 1; choose another --run-dir")
-        return manifest
+        if kind(path):
+            return check_manifest(path, read_json(path))
+        if self.ready:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return {"version": 1, "stages": {}}
 
     def _update(self, stage: str, record: dict[str, Any]) -> None:
         manifest = self._manifest()

@@ -14,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cai_fast.distributed import Distributed
+from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
+from cai_fast.inputs import kind, parse_json, read_bytes
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines when stderr is not a terminal
 BAR_INTERVAL = 0.1  # and between changes of the bar when it is
@@ -23,14 +25,16 @@ BAR_INTERVAL = 0.1  # and between changes of the bar when it is
 def truncate_metrics(path: str | os.PathLike[str], stages: Collection[str], step: int = 0) -> None:
     """Drop the lines of `stages` with step >= `step`: the resumed run will write them again."""
     path = Path(path)
-    if not path.exists():
+    if not kind(path):
         return
-    old, kept = path.read_bytes(), []
-    for line in old.splitlines(keepends=True):
+    old, kept = read_bytes(path), []
+    for number, line in enumerate(old.splitlines(keepends=True), 1):
         try:
-            row = json.loads(line)
-        except ValueError:  # torn by a kill or a full disk
+            row = parse_json(line, path)
+        except InputError:  # torn by a kill or a full disk
             continue
+        if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or type(row.get("step")) is not int:
+            raise InputError(f"{path}, line {number}: expected an object with stage and step; remove the line")
         if line.endswith(b"\n") and (row["stage"] not in stages or row["step"] < step):
             kept.append(line)
     if b"".join(kept) != old:

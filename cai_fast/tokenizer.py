@@ -7,6 +7,7 @@ formats break such strings up before the model's template sees them. Everything 
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from cai_fast.constitution import Constitution, Principle, uniform
 from cai_fast.errors import InputError
 from cai_fast.prompts import Mark, Prompts, Segment
 from cai_fast.records import Turn, content_id
+from cai_fast.tokenizer_files import generation_stops, open_folder
 
 Kind = Literal["response", "critique", "revision", "cot"]
 _CONTEXT_END = re.compile(r"<\|?(eoc|end_of_context)\|?>")
@@ -78,7 +80,7 @@ class Tokenizer:
             backend.no_padding()
         added = self._control.get_added_tokens_decoder()
         self.special = {token.content: index for index, token in added.items() if token.special}
-        self.vocab_size = max(self._control.get_vocab_size(), max(added, default=-1) + 1)
+        self.vocab_size = max(self._control.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.hash = content_id(serialized, wrapped.chat_template, wrapped.special_tokens_map)
         if wrapped.eos_token_id is None:
             raise InputError(
@@ -92,20 +94,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """From a local folder; nothing is downloaded, no code of the folder is run."""
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         path = Path(path)
-        if not path.is_dir():
-            raise InputError(f"{path}: no such folder; expected a Hugging Face checkpoint on this machine")
-        if not (path / "tokenizer.json").is_file():
-            raise InputError(f"{path}: no tokenizer.json; expected a fast tokenizer (tokenizers library)")
-        try:
-            wrapped = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: cannot load the tokenizer: {error}") from error
-        if not isinstance(wrapped, PreTrainedTokenizerFast):
-            raise InputError(f"{path}: not a fast tokenizer ({type(wrapped).__name__})")
-        return cls(wrapped, path)
+        return cls(open_folder(path), path)
 
     def _find_lead(self) -> None:
         """SentencePiece-style tokenizers put a space before every text; texts after the first must not get one."""
@@ -125,10 +115,12 @@ class Tokenizer:
         self.eoc_id: int = min(ends or reserved or [self.eos_id])
         pad = self._wrapped.pad_token_id
         if pad is None or pad == self.eoc_id:
-            others = [*reserved[1:], *self.special.values(), *range(self.vocab_size)]
-            pad = next(index for index in others if index not in (self.eoc_id, self.eos_id))
+            others = chain(reserved[1:], self.special.values(), range(self.vocab_size))
+            pad = next((index for index in others if index not in (self.eoc_id, self.eos_id)), None)
+        if pad is None:
+            raise InputError(f"{self.source_path}: all {self.vocab_size} tokens are taken; expected one for padding")
         self.pad_id: int = pad
-        self.stop_ids: list[int] = list(dict.fromkeys([self.eos_id, *chat.generation_stops(self.source_path)]))
+        self.stop_ids: list[int] = list(dict.fromkeys([self.eos_id, *generation_stops(self.source_path)]))
 
     @property
     def has_template(self) -> bool:

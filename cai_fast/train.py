@@ -70,17 +70,28 @@ def _work(command: config.Command) -> int:
         _say(f"error: {error}", sys.stderr, True)
         return FAILED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        fault = _fault(error, command.config.run_dir)
+        if not fault:
             raise
-        where = f" writing {error.filename}" if error.filename else ""
-        text = f"error: no space left{where}. Free some space, then run the same command again to continue."
-        _say(text, sys.stderr, dist.first(text))
+        _say(f"error: {fault}, then run the same command again to continue.", sys.stderr, dist.first(fault))
         return FAILED
     except distributed.Stopped:
         but = ", without --restart-from," if command.config.restart_from else ""
         _say(f"Stopped by a signal; the work so far is saved. Run the same command again{but} to continue.", sys.stderr)
         raise
     return 0
+
+
+def _fault(error: OSError, run_dir: str) -> str:
+    """What is wrong with the machine, and the remedy; empty for an error that may be the program's."""
+    where = f" writing {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left{where}. Free some space"
+    if error.errno in (errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES):
+        return f"{error.strerror}{where}. Mend that"
+    if error.errno == errno.ENOENT and not os.path.exists(run_dir):
+        return f"the run folder {run_dir} is gone. Bring it back"
+    return ""
 
 
 def _among_ranks(command: config.Command, dist: "Distributed") -> None:
@@ -118,7 +129,12 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
     log = RunLog(run.path("metrics.jsonl"), dist.is_main)
     with contextlib.closing(run):
         ctx = pipeline.open_context(cfg, run, log, dist)
-        ran = [name for name in cfg.stages if _stage(ctx, name)]
+        try:
+            ran = [name for name in cfg.stages if _stage(ctx, name)]
+        except InputError as error:  # files are missing when all of them are
+            if os.path.exists(run.root):
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root)) from error
         _say("\n".join(pipeline.summary_lines(run)))
     unread = _unread_everywhere(cfg, ran, dist)
     if unread:

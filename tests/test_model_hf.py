@@ -176,5 +176,5 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.safetensors: no such file"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
         load(tmp_path)

@@ -234,7 +234,7 @@ def test_unusable_folders_are_the_users_error(tmp_path):
 
 def test_broken_manifest_is_named(run):
     run.path("manifest.json").write_text('{"version": 1, "sta')
-    with pytest.raises(InputError, match=r"manifest\.json: not valid JSON"):
+    with pytest.raises(InputError, match=r"manifest\.json: not JSON"):
         reopen(run)
 
 

@@ -104,12 +104,12 @@ def test_stop_ids_come_from_tokenizer_and_generation_config(tmp_path):
 def test_loading_errors(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         Tokenizer.load(tmp_path / "none")
-    with pytest.raises(InputError, match="no tokenizer.json"):
+    with pytest.raises(InputError, match=r"tokenizer.json: no such file"):
         Tokenizer.load(tmp_path)
     with pytest.raises(InputError, match="no end-of-sequence token"):
         Tokenizer.load(save(tmp_path, Backend(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))))
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="cannot load the tokenizer"):
+    with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer"):
         Tokenizer.load(tmp_path)
 
 

@@ -38,6 +38,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "is_decoder": (True,),
 }
+_LARGEST = {
+    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**10, "num_key_value_heads": 2**10, "head_dim": 2**12, "max_position_embeddings": 2**31,
+}  # fmt: skip
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 _ROPE_KEYS = {
     "default": set(),
@@ -59,14 +64,19 @@ class Rope:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Rope:
         """Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
-        values = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+        values = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(values, dict):
+            raise InputError(f"config.json: rope_scaling {values!r:.80}; expected an object")
+        values = dict(values)
         kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
         theta = values.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
         if values.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
             raise InputError("config.json: rope partial_rotary_factor other than 1 is not supported")
-        if kind not in _ROPE_KEYS:
-            raise InputError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
+        if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+            raise InputError(
+                f"config.json: rope type {kind!r:.80} is not supported; supported: {', '.join(_ROPE_KEYS)}"
+            )
         if kind in ("llama3", "yarn"):
             top = raw.get("original_max_position_embeddings")
             default = raw.get("max_position_embeddings")
@@ -80,6 +90,7 @@ class Rope:
             raise InputError(f"config.json: rope type {kind!r}: unsupported fields {unknown}, missing fields {missing}")
         if kind == "default":
             values = {}
+        _check_rope(kind, theta, values)
         return cls(float(theta), kind, tuple(sorted(values.items())))
 
     def to_hf(self) -> dict[str, Any]:
@@ -112,7 +123,7 @@ class ModelConfig:
     kept: tuple[tuple[str, Any], ...] = ()  # token ids and initializer_range, written back on save
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2 or self.head_dim < 1:
             raise InputError(
                 f"config.json: {self.num_heads} attention heads, {self.num_kv_heads} key-value heads, head_dim "
                 f"{self.head_dim}; the heads must be a multiple of the key-value heads and head_dim even"
@@ -133,9 +144,9 @@ class ModelConfig:
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Translate a config.json; an unknown family, an unhandled field or a missing one is an InputError."""
         kind = raw.get("model_type")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             supported = ", ".join(FAMILIES)
-            raise InputError(f"config.json: model_type {kind!r} is not supported; supported families: {supported}")
+            raise InputError(f"config.json: model_type {kind!r:.80} is not supported; supported families: {supported}")
         check_fields(raw)
         values = {**FAMILIES[kind][1], **raw}
         heads = values["num_attention_heads"]
@@ -205,9 +216,18 @@ class ModelConfig:
 
 def check_fields(raw: dict[str, Any]) -> None:
     """Refuse missing fields, and fields whose value the decoder does not implement."""
-    missing = [name for name in _REQUIRED if not isinstance(raw.get(name), int) or raw[name] < 1]
-    if missing:
-        raise InputError(f"config.json: {', '.join(missing)} missing or not a positive integer")
+    for name, largest in _LARGEST.items():
+        value = raw.get(name)
+        if name not in _REQUIRED and value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            found = f"is {value!r:.80}" if value is not None else "missing"
+            raise InputError(f"config.json: {name} {found}; expected a whole number from 1 to {largest}")
+    for name in _SWITCHES:
+        if not isinstance(raw.get(name), bool | None):
+            raise InputError(f"config.json: {name} is {raw[name]!r:.80}; expected true or false")
+    if not _is_number(raw.get("rms_norm_eps", 1e-6), 1):
+        raise InputError(f"config.json: rms_norm_eps is {raw['rms_norm_eps']!r:.80}; expected a number in (0, 1)")
     for name, value in raw.items():
         if name in _HANDLED or name in _PASSIVE or name.startswith("_") or value in (None, False, {}, []):
             continue
@@ -215,11 +235,29 @@ def check_fields(raw: dict[str, Any]) -> None:
             continue
         expected = f"; supported: {_NEUTRAL[name][0]!r}" if name in _NEUTRAL else "; this field is not supported"
         families = ", ".join(FAMILIES)
-        raise InputError(f"config.json: {name} = {value!r}{expected} (supported: plain {families} decoders)")
+        raise InputError(f"config.json: {name[:80]} = {value!r:.80}{expected} (supported: plain {families} decoders)")
     if raw.get("attention_bias") and raw["model_type"] in ("mistral", "qwen2"):
         raise InputError(f"config.json: attention_bias is not a field of {raw['model_type']}")
     if raw.get("mlp_bias") and raw["model_type"] != "llama":
         raise InputError(f"config.json: mlp_bias is not a field of {raw['model_type']}")
+
+
+def _is_number(value: Any, largest: float = 2**63) -> bool:
+    """Whether `value` is a number in (0, largest)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < largest
+
+
+def _check_rope(kind: str, theta: Any, values: dict[str, Any]) -> None:
+    """Refuse numbers with which the frequencies of a rope type are not defined."""
+    if not _is_number(theta) or theta <= 1:
+        raise InputError(f"config.json: rope_theta is {theta!r:.80}; expected a number above 1")
+    for name, value in values.items():
+        if (name in _YARN_OPTIONS and value is None) or (name.startswith("mscale") and value == 0):
+            continue
+        if not (isinstance(value, bool) if name == "truncate" else _is_number(value)):
+            raise InputError(f"config.json: {name} of rope type {kind!r} is {value!r:.80}; expected a positive number")
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise InputError("config.json: low_freq_factor of rope type 'llama3' must be below high_freq_factor")
 
 
 def _sliding(kind: str, values: dict[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
@@ -230,9 +268,9 @@ def _sliding(kind: str, values: dict[str, Any]) -> tuple[int | None, tuple[bool,
     types = values.get("layer_types")
     count = values["num_hidden_layers"]
     if types is not None:
-        if len(types) != count or set(types) - {"full_attention", "sliding_attention"}:
-            expected = f"{count} of full_attention|sliding_attention"
-            raise InputError(f"config.json: layer_types {types!r}; expected {expected}")
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != count or not all(name in known for name in types):
+            raise InputError(f"config.json: layer_types {types!r:.80}; expected {count} of {'|'.join(known)}")
         if kind in ("llama", "mistral"):
             uniform = "full_attention" if window is None else "sliding_attention"
             if set(types) != {uniform}:
@@ -241,12 +279,14 @@ def _sliding(kind: str, values: dict[str, Any]) -> tuple[int | None, tuple[bool,
         if types is not None and "sliding_attention" in types:
             raise InputError("config.json: layer_types names sliding_attention but no sliding window is in use")
         return None, ()
-    if not isinstance(window, int) or window < 1:
-        raise InputError(f"config.json: sliding_window {window!r}; expected a positive number of tokens or null")
+    if type(window) is not int or not 1 <= window < 2**63:
+        raise InputError(f"config.json: sliding_window {window!r:.80}; expected a positive number of tokens or null")
     if kind == "mistral":
         return window, ()
     if types is None:
         first = values.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise InputError(f"config.json: max_window_layers {first!r:.80}; expected a whole number")
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     layers = tuple(t == "sliding_attention" for t in types)
     return (window, layers) if any(layers) else (None, ())

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cai_fast.errors import InputError
+from cai_fast.inputs import kind, read_json, require_file
 from cai_fast.model.config import FAMILIES, ModelConfig
 from cai_fast.model.decoder import Model
 from cai_fast.model.heads import init_scalar
@@ -41,8 +42,8 @@ def load(
     while nothing is allocated yet, to shard the model: each rank then reads and holds its own rows alone.
     """
     folder = Path(path)
-    raw = read_config(folder)
-    config, declared = ModelConfig.from_hf(raw), declared_head(raw, folder)
+    raw, config = read_model_config(folder)
+    declared = declared_head(raw, folder)
     head = head or declared
     with torch.device("meta"):
         model = Model(config, head).to(dtype)
@@ -189,12 +190,21 @@ def _write_folder(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder."""
-    if not folder.is_dir():
+    if kind(folder) != "folder":
         raise InputError(f"checkpoint {folder}: no such folder")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "a Hugging Face checkpoint folder")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'}: expected a JSON object, found {type(config).__name__}")
     return config
+
+
+def read_model_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The parsed config.json of a checkpoint folder, and the decoder that it describes."""
+    raw = read_config(folder)
+    try:
+        return raw, ModelConfig.from_hf(raw)
+    except InputError as error:
+        raise InputError(f"{folder}/{error}") from error
 
 
 def declared_head(raw: dict[str, Any], folder: Path) -> str:
@@ -204,35 +214,37 @@ def declared_head(raw: dict[str, Any], folder: Path) -> str:
         return "lm"
     if names != [prefix + "ForSequenceClassification"]:
         expected = f"[{prefix}ForCausalLM] or [{prefix}ForSequenceClassification]"
-        raise InputError(f"{folder / 'config.json'}: architectures {names!r}; expected {expected}")
-    labels = raw.get("num_labels") or len(raw.get("id2label") or {}) or 2  # two is transformers' default
+        raise InputError(f"{folder / 'config.json'}: architectures {names!r:.80}; expected {expected}")
+    table = raw.get("id2label")
+    labels = raw.get("num_labels") or (len(table) if isinstance(table, dict) else 0) or 2  # transformers' default
     if labels != 1:
-        raise InputError(f"{folder / 'config.json'}: {labels} labels; a preference model has num_labels = 1")
+        raise InputError(f"{folder / 'config.json'}: {labels!r:.80} labels; a preference model has num_labels = 1")
     return "score"
 
 
 def pieces(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, slice) of every tensor of a folder, one at a time; `slice[:]` reads it."""
-    if (folder / INDEX).is_file():
+    if kind(folder / INDEX):
         index = read_json(folder / INDEX)
         table = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(table, dict) or not table:
             raise InputError(f"{folder / INDEX}: no weight_map")
-        files = sorted({folder / Path(str(file)).name for file in table.values()})
+        files = sorted({folder / Path(str(file)).name[:255] for file in table.values()})
     else:
         files, table = [folder / SINGLE], None
     for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; expected the weights as {SINGLE} or {INDEX} with its shards")
+        require_file(file, f"the weights as {SINGLE} or {INDEX} with its shards")
         try:
             with safe_open(str(file), framework="pt") as handle:
                 for name in handle.keys():
                     if table is None or table.get(name) == file.name:
                         yield file, name, handle.get_slice(name)
                     else:
-                        raise InputError(f"{file}: tensor {name} is not listed for this file in {INDEX}")
+                        raise InputError(f"{file}: tensor {name[:80]} is not listed for this file in {INDEX}")
         except SafetensorError as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from error
+            raise InputError(
+                f"{file}: not a readable safetensors file ({str(error):.300}); is the download complete?"
+            ) from error
 
 
 def check_piece(file: Path, name: str, piece: Any, wanted: Sequence[int]) -> None:
@@ -250,7 +262,7 @@ def check_names(folder: Path, head: str, missing: list[str], unexpected: list[st
         return
 
     def listed(names: list[str]) -> str:
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return ", ".join(name[:80] for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
     parts = [f"missing tensors: {listed(missing)}"] if missing else []
     parts += [f"unexpected tensors: {listed(unexpected)}"] if unexpected else []
@@ -286,16 +298,6 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of a checkpoint folder."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from cai_fast import rng
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
+from cai_fast.inputs import read_json, require_file
 from cai_fast.model.decoder import Linear, Model
-from cai_fast.model.hf import check_names, read_json
+from cai_fast.model.hf import check_names
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +88,7 @@ def add_adapters(model: Model, rank: int, alpha: float, targets: Sequence[str], 
     """
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown or not targets:
-        found = f"unknown {', '.join(unknown)}" if unknown else "found none"
+        found = f"unknown {', '.join(unknown)[:80]}" if unknown else "found none"
         raise InputError(f"LoRA: targets must be some of {', '.join(TARGETS)}; {found}.")
     if rank < 1 or adapters(model):
         raise InputError(
@@ -191,10 +192,10 @@ def load_adapters(model: Model, folder: str | Path) -> list[str]:
     wanted = {name: tensor.shape for name, tensor in _tensors(plan).items()}
     check_names(folder, model.head, sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted)))
     for name, shape in wanted.items():
-        if found[name].shape != shape:
+        if found[name].shape != shape or not found[name].is_floating_point():
             raise InputError(
                 f"{folder / WEIGHTS}: tensor {name} is {tuple(found[name].shape)}; expected {tuple(shape)} "
-                "(do the adapters belong to this model?)"
+                f"of floats, found {found[name].dtype} (do the adapters belong to this model?)"
             )
     names = add_adapters(model, config["r"], config["lora_alpha"], config["target_modules"], 0)
     for name, tensor in _tensors(model).items():
@@ -204,26 +205,27 @@ def load_adapters(model: Model, folder: str | Path) -> list[str]:
 
 def _read_config(path: Path, head: str) -> dict[str, Any]:
     """adapter_config.json, whose options are all within what LoraLinear does, on a model with that head."""
-    config = read_json(path)
+    config = read_json(path, "a folder of adapters")
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: expected an adapter with peft_type LORA")
     for name, value in config.items():
         if name == "modules_to_save" and head == "score" and isinstance(value, list) and set(map(str, value)) <= _HEADS:
             continue
         if name not in _PASSIVE and value and value not in _NEUTRAL.get(name, ()):
-            raise InputError(f"{path}: {name} = {value!r} is not supported")
+            raise InputError(f"{path}: {name[:80]} = {value!r:.80} is not supported")
     rank, alpha, targets = (config.get(name) for name in ("r", "lora_alpha", "target_modules"))
-    numbers = type(rank) is int and isinstance(alpha, int | float)
+    numbers = type(rank) is int and rank <= 2**16 and type(alpha) in (int, float) and abs(alpha) < 2**31
     if not numbers or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise InputError(f"{path}: expected numbers r and lora_alpha and a list target_modules")
     return config
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected the adapters' weights")
+    require_file(path, "the adapters' weights")
     try:
         with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}
     except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); is the download complete?") from error
+        raise InputError(
+            f"{path}: not a readable safetensors file ({str(error):.300}); is the download complete?"
+        ) from error

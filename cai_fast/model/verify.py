@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cai_fast.model.config import ModelConfig
 from cai_fast.model.decoder import Model
-from cai_fast.model.hf import check_names, check_piece, declared_head, pieces, read_config
+from cai_fast.model.hf import check_names, check_piece, declared_head, pieces, read_model_config
 
 _WEAK = 0.01  # of the usual norm; weight decay without gradients leaves orders of magnitude less
 
@@ -28,8 +28,7 @@ class Summary:
 def check(path: str | Path) -> Summary:
     """The checkpoint's shape; InputError for anything that `load` would refuse, bar damaged tensor contents."""
     folder = Path(path)
-    raw = read_config(folder)
-    config = ModelConfig.from_hf(raw)
+    raw, config = read_model_config(folder)
     head = declared_head(raw, folder)
     with torch.device("meta"):
         model = Model(config, head)

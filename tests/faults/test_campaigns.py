@@ -6,15 +6,15 @@ import pytest
 
 from bench import kill_campaign, two_ranks
 
-pytestmark = pytest.mark.slow
 
-
-def test_random_kills_leave_the_same_bits(tmp_path: Path) -> None:
-    result = kill_campaign.campaign(tmp_path, kills=15, seed=1)
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_random_kills_leave_the_same_bits(kills: int, tmp_path: Path) -> None:
+    result = kill_campaign.campaign(tmp_path, kills, seed=1)
     assert result["problems"] == []
-    assert result["kills"] == 15 and sum(result["by_stage"].values()) == 15
+    assert result["kills"] == kills == sum(result["by_stage"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_do_what_one_does_and_survive_signals(tmp_path: Path) -> None:
     result = two_ranks.measure(tmp_path)
