@@ -18,6 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+
+# Now, because its functions have for a default the group that exists at its import. PyTorch imports it sooner or later;
+# a group kept like that outlives `shutdown` with its threads, and these may abort the process at its very end.
+import torch.distributed.nn
 from torch import Tensor
 
 from cai_fast.errors import InputError

@@ -284,7 +284,7 @@ def journaled(
     chunk: int,
     process: Callable[[list[str]], Iterator[dict[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
-    """Do `process` for every id once, in chunks pulled from one shared counter; survive a kill at any time.
+    """Do `process` for every id once, in chunks of at most `chunk` pulled from one shared counter; survive a kill.
 
     `process(chunk of ids)` yields one JSON row per id, each holding its "id". Rows already journaled, by any rank
     of any earlier attempt, are not redone. Returns every row by id, in the order of `ids`.

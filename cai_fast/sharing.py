@@ -12,7 +12,8 @@ from cai_fast.pipeline import Context
 from cai_fast.scorer import MICRO_TOKENS
 
 Item = TypeVar("Item")
-PIECES = 32  # chunks at least, where there are as many groups: enough to keep several ranks equally busy
+PIECES = 32  # chunks at least, where there is work for as many: enough to keep several ranks equally busy
+SMALLEST = 1024  # tokens of a chunk that is worth a pass of its own
 
 
 def shared(
@@ -54,7 +55,7 @@ def even(total: int, size: int) -> list[list[int]]:
 
 
 def token_chunks(tokens: Sequence[int], groups: Sequence[Hashable] | None = None) -> list[list[int]]:
-    """Chunks of items by their tokens: as many as one pass computes, fewer where there are few.
+    """Chunks of items by their tokens: at most what one pass computes, less where there are few.
 
     The items of a group, which share computation, stay together and in their order.
     """
@@ -63,5 +64,5 @@ def token_chunks(tokens: Sequence[int], groups: Sequence[Hashable] | None = None
         members.setdefault(group, []).append(index)
     whole = list(members.values())
     sizes = [sum(tokens[index] for index in group) for group in whole]
-    limit = min(MICRO_TOKENS, -(-sum(sizes) // PIECES))
+    limit = min(MICRO_TOKENS, max(SMALLEST, -(-sum(sizes) // PIECES)))
     return [[index for number in chunk for index in whole[number]] for chunk in bins(sizes, limit)]

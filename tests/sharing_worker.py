@@ -25,6 +25,7 @@ from cai_fast.toy.pretrain import ToyTokenizer, initialise
 NUMBERS = [1 / 3, 0.1, float(torch.tensor(0.1)), 1e-300, 2.0**60 + 2.0**9]
 STAGES = {"revise": revise, "compare": compare, "label": label, "evaluate": evaluate}
 MANY = 200
+SMALLEST = 1  # in place of sharing.SMALLEST, so that little work has many chunks
 
 
 def helper(folder: Path, dist: Distributed) -> None:
@@ -163,6 +164,6 @@ def held_out_pairs(renderer: Renderer) -> list[pm.Pair]:
 
 
 if __name__ == "__main__":
-    ranks = distributed.init("cpu")
+    ranks, sharing.SMALLEST = distributed.init("cpu"), SMALLEST
     {"helper": helper, "stages": stages}[sys.argv[1]](*map(Path, sys.argv[2:]), ranks)
     distributed.shutdown()

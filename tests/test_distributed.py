@@ -21,6 +21,7 @@ ONE = Distributed(0, 1, torch.device("cpu"))
 
 SCRIPT = """
 import json, os, signal, sys
+from pathlib import Path
 import torch
 from cai_fast import config, distributed
 from cai_fast.distributed import global_moments
@@ -100,8 +101,10 @@ d.barrier()
 if d.rank == 1:
     os.kill(os.getpid(), signal.SIGTERM)
 out["stop_after"] = d.stop_agreed()
-open(sys.argv[1] + "/rank%d.json" % d.rank, "w").write(json.dumps(out))
+import torch.distributed.nn  # as parts of PyTorch do when they are first used
 distributed.shutdown()
+out["left"] = [name for name in map(Path.read_text, Path("/proc/self/task").glob("*/comm")) if "gloo" in name]
+open(sys.argv[1] + "/rank%d.json" % d.rank, "w").write(json.dumps(out))
 """
 
 
@@ -180,6 +183,10 @@ def test_ranks_share_a_run_folder(two_ranks):
 
 def test_one_ranks_signal_stops_both(two_ranks):
     assert [(out["stop_before"], out["stop_after"]) for out in two_ranks] == [(False, True)] * 2
+
+
+def test_no_thread_of_the_group_is_left_behind(two_ranks):
+    assert [out["left"] for out in two_ranks] == [[], []]  # one that is may abort the process at its end
 
 
 def test_world_of_one_needs_no_group(monkeypatch):

@@ -104,7 +104,7 @@ def test_lists_of_one_name_are_apart() -> None:
 
 
 def test_chunks_keep_groups_whole_and_are_many_or_full() -> None:
-    tokens = [7, 100, 3, 50, 20, 1, 90, 45] * 20
+    tokens = [700, 10000, 300, 5000, 2000, 100, 9000, 4500] * 20
     groups = [n % 50 for n in range(160)]
     parts = sharing.token_chunks(tokens, groups)
     assert sorted(itertools.chain(*parts)) == list(range(160))
@@ -113,6 +113,8 @@ def test_chunks_keep_groups_whole_and_are_many_or_full() -> None:
         inside = [[n for n in part if groups[n] == group] for part in parts]
         assert [part for part in inside if part] == [mine], "whole, in the order of the items"
     assert sharing.PIECES <= len(parts) <= 50
+    few = sharing.token_chunks([100] * 40)
+    assert sorted(map(len, few)) == [10] * 4, "no less than is worth a pass"
     large = sharing.token_chunks([1000] * 1000)
     assert max(map(len, large)) == MICRO_TOKENS // 1000 and len(large) == 125
     assert sharing.token_chunks([]) == [] and sharing.token_chunks([9], ["a"]) == [[0]]
@@ -167,6 +169,7 @@ def runs(
         patch.setattr(pipeline, "load_model", load)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "SMALLEST", sharing_worker.SMALLEST)
         patch.setattr(STAGES["evaluate"], "run", evaluated)
         (folder / "one").mkdir()
         sharing_worker.stages(inputs, folder / "checkpoints", folder / "one", alone())
