@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bench.fuzz import Target
@@ -140,6 +140,7 @@ def piece_tokenizer(folder: Path) -> None:
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcxyz().:AB", "▁a", "▁("]
     backend = Backend(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [("▁", "a"), ("▁", "(")],
                                  byte_fallback=True, fuse_unk=True, unk_token="<unk>"))  # fmt: skip
+    backend.normalizer = normalizers.Sequence([normalizers.NFC()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>").save_pretrained(folder)

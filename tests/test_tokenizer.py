@@ -109,7 +109,7 @@ def test_loading_errors(tmp_path):
     with pytest.raises(InputError, match="no end-of-sequence token"):
         Tokenizer.load(save(tmp_path, Backend(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))))
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer"):
+    with pytest.raises(InputError, match=r"tokenizer.json: not JSON"):
         Tokenizer.load(tmp_path)
 
 
