@@ -6,7 +6,7 @@ Which items a step trains on is a function of (seed, step) alone, so that a resu
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from cai_fast import heartbeat, rng
 from cai_fast.batching import bins, split_even
 from cai_fast.checkpoint import Checkpoints, TrainState
+from cai_fast.config import Config, PmConfig, SftConfig
 from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
@@ -39,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Hyper-parameters of one fit; `batch_size` counts the task's `sizes` per optimizer step."""
+    """Hyper-parameters of one fit; `batch_size` counts the task's `sizes` per optimizer step. See also `of`."""
 
     seed: int
     epochs: int
@@ -54,6 +55,13 @@ class FitSettings:
     moments: str = "float32"  # of weights that are bf16
     keep: int = 1  # states, and
     background: bool = True  # how they are written: see Checkpoints
+
+    @classmethod
+    def of(cls, config: Config, section: SftConfig | PmConfig, batch_size: float) -> "FitSettings":
+        """Those of stage sft or pm; `section` is the configuration's."""
+        shared = {f.name: getattr(section, f.name) for f in fields(cls) if hasattr(section, f.name)}
+        states = {"keep": config.checkpoint.keep, "background": config.checkpoint.background}
+        return cls(seed=config.seed, batch_size=batch_size, moments=config.model.moments, **shared, **states)
 
 
 def batches(task: Task, settings: FitSettings) -> list[tuple[int, list[int]]]:

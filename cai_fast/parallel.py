@@ -24,7 +24,9 @@ def shard(model: Model, dist: Distributed, compute: torch.dtype) -> Model:
     mesh = init_device_mesh(dist.device.type, (dist.world,))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Also the last group, which by default stays gathered until a backward pass: after a pass without one its
+        # parameters would be the computation's copies, and a state would save those.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave the sum undivided
         module.set_gradient_divide_factor(1.0)
     return model

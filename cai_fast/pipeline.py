@@ -201,7 +201,7 @@ class Context:
         return {
             "settings": stage_settings(self.config, stage),
             "constitution": self.constitution.hash,
-            "models": {role: self.model_hash(role) for role in roles},
+            "models": {role: self.dist.on_main(lambda role=role: self.model_hash(role)) for role in roles},
             "templates": {role: self.template_hash(role) for role in roles},
             "files": {name: self.run.output_hash(name) for name in files},
         }

@@ -160,13 +160,14 @@ class Ppo:
             score = scores[b.samples].to(b.k1)
             rewards = losses.token_rewards(score, b.k1, b.batch.cu_targets, self.kl_coef)
             parts.append(kernels.gae(rewards, b.values, b.batch.cu_targets, gamma=cfg.gamma, lam=cfg.gae_lambda))
-        empty = [torch.zeros(0)]
+        empty = [torch.zeros(0, device=self.policy.device)]  # of a rank without responses: collectives go by device
         returns = torch.cat([r for _, r in parts] or empty)
         white = losses.whiten(torch.cat([a for a, _ in parts] or empty), self.dist)
         sizes = [b.k1.shape[0] for b in rollouts.bins]
         for b, advantages, (_, target) in zip(rollouts.bins, white.split(sizes), parts, strict=True):
             b.terms = PolicyTerms(b.logprob, advantages, target)
-        variance = losses.explained_variance(rollouts.flat("values"), returns, self.dist)
+        values = rollouts.flat("values").to(returns.device)
+        variance = losses.explained_variance(values, returns, self.dist)
         return {"explained_variance": variance, "returns": float(global_moments(returns, None, self.dist)[0])}
 
     def update(self, rollouts: Rollouts, factor: float) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cai_fast import distributed, fit, kernels, losses, parallel
 from cai_fast.batching import Example, pack, pack_targets
+from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Distributed
 from cai_fast.fit import FitSettings, Task
@@ -134,6 +135,32 @@ def ppo(folder: Path, dist: Distributed, critic: str = "own") -> dict[str, Model
 def ppo_detached(folder: Path, dist: Distributed) -> dict[str, Model]:
     """PPO with a value head on the policy's hidden states."""
     return ppo(folder, dist, "detached")
+
+
+def half(folder: Path, dist: Distributed) -> dict[str, Model]:
+    """A state of PPO in bf16, saved after a measurement and loaded again: the exact fp32 weights, or an error."""
+
+    def sharded(name: str) -> Model:
+        return load(folder / name, prepare=lambda model: parallel.shard(model, dist, torch.bfloat16))
+
+    saved: list[dict[str, Tensor]] = []
+    for attempt in range(2):
+        trainer = Ppo(sharded("lm"), sharded("lm").requires_grad_(False), Critic(sharded("pm")), RL, seed=0, dist=dist)
+        with Checkpoints(folder / "half", dist) as states:
+            if attempt:
+                trainer.restore(states, states.latest())
+            else:
+                rollouts = trainer.measure(EXAMPLES[dist.rank :: 2], 0, dist.rank * 12, len(EXAMPLES))
+                trainer.set_advantages(rollouts, SCORES[dist.rank :: 2])
+                trainer.update(rollouts, 1.0)
+                trainer.measure(EXAMPLES[dist.rank :: 2], 1, dist.rank * 12, len(EXAMPLES))
+                trainer.save(states, 1, {})
+        parts = {"policy": trainer.policy, "critic": trainer.critic.module}
+        saved.append({f"{n}.{k}": p.full_tensor() for n, m in parts.items() for k, p in m.named_parameters()})
+    types = sorted({str(tensor.dtype) for tensors in saved for tensor in tensors.values()})
+    alike = all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+    (folder / f"half.{dist.rank}.json").write_text(json.dumps([types, alike]))
+    return {"model": trainer.policy}
 
 
 def fault(folder: Path, dist: Distributed) -> dict[str, Model]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification
 
-from cai_fast import checkpoint, config, kernels, losses, model, roles
+from cai_fast import config, kernels, losses, model, roles
 from cai_fast.batching import Example, pack, pack_targets
 from cai_fast.errors import InputError
 from cai_fast.model import Model, lora
@@ -168,11 +168,11 @@ def test_rl_holds_one_trunk_and_leaves_it_alone(trained: Context, tmp_path: Path
     for part in models[:2] if critic == "detached" else models:
         assert all(torch.equal(t, before[name]) for name, t in bare(part).items())
     assert not same(loop.policy.state_dict(), roles.trained(ctx, "sl_cai", head="lm", name="rl").state_dict())
-    state = checkpoint.latest(loop.state_dir)
-    assert {n for n in state.model if n.startswith("policy.")} == {
+    state = {n: t for n, t in loop.states.latest().tensors.items() if not n.startswith("optimizer.")}
+    assert {n for n in state if n.startswith("policy.")} == {
         f"policy.{name}.lora_{part}.weight" for name in lora.adapters(loop.policy) for part in "AB"
     }
-    assert sum(t.numel() for t in state.model.values()) == adapter + critics
+    assert sum(t.numel() for t in state.values()) == adapter + critics
     assert set(loop.ppo.optimizer.gradients) == {n for n, p in loop.policy.named_parameters() if p.requires_grad}
     ctx.run.close()
 
@@ -250,6 +250,7 @@ def test_killed_and_resumed_stages_give_the_same_bits(
     ctx.run.close()
     for name in NAMES:
         files = [path for path in trained.checkpoint(name).rglob("*") if path.is_file()]
+        files.remove(trained.checkpoint(name) / "README.md")  # it names the inputs, which are in another folder
         assert len(files) > 5
         for path in files:
             copy = ctx.checkpoint(name) / path.relative_to(trained.checkpoint(name))

@@ -20,7 +20,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder, tied = tmp_path_factory.mktemp("sharded"), request.param
     sharded.write_models(folder, tied)
     sharded.run(folder, [*STEPS, "stopped"], 1)
-    sharded.run(folder, [*STEPS, "stopped", "continued", "fault", "facts"], 2)
+    sharded.run(folder, [*STEPS, "stopped", "continued", "half", "fault", "facts"], 2)
     sharded.run(folder, ["continued"], 1)
     return folder, tied
 
@@ -65,6 +65,11 @@ def test_ppo_statistics_equal_those_of_one_process(results: tuple[Path, bool], c
     one, two = (json.loads((results[0] / f"ppo.{critic}.{world}.json").read_text()) for world in (1, 2))
     assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
     assert one["0.first_ratio_gap"] == two["0.first_ratio_gap"] == 0, "the ratio must start at one exactly"
+
+
+def test_a_state_in_bf16_holds_the_exact_weights(results: tuple[Path, bool]) -> None:
+    for rank in (0, 1):
+        assert json.loads((results[0] / f"half.{rank}.json").read_text()) == [["torch.float32"], True]
 
 
 def test_a_stale_replica_is_noticed_and_named(results: tuple[Path, bool]) -> None:

@@ -126,11 +126,7 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder with a language-model head ("lm") or a scalar head ("score").
-
-    To shard it, apply `fully_shard` to each of `model.model.layers`, then to the model itself: embedding, final norm
-    and head stay in the root group, and `model(batch, loss=fn)` runs `fn` while they are gathered.
-    """
+    """A decoder with a language-model head ("lm") or a scalar head ("score"). parallel.shard divides it over ranks."""
 
     min_rows = 32  # CPU: with a multiple of it, a row's bits do not depend on the other rows
 

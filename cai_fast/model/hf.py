@@ -79,7 +79,8 @@ def own_rows(parameter: Tensor) -> Tensor:
 def _fill(model: Model, folder: Path, fresh: set[str]) -> None:
     """Copy the folder's tensors into the model's parameters; those in `fresh` are not in the folder."""
     parameters = dict(model.named_parameters())
-    wanted, missing = set(parameters) - fresh, set(parameters) - fresh
+    wanted = set(parameters) - fresh
+    missing = set(wanted)
     unexpected: list[str] = []
     tied = None
     for file, name, piece in pieces(folder):

@@ -132,13 +132,12 @@ def merge(model: Model, device: str | torch.device | None = None) -> Model:
 
     device: of the copy, default the model's own; weights are merged where they are, one at a time.
     """
-    state = {
-        name: tensor.detach().to(device, copy=True)
+    layers = {f"{name}.weight": layer for name, layer in adapters(model).items()}
+    return model.with_weights({
+        name: layers[name].merged().to(device) if name in layers else tensor.detach().to(device, copy=True)
         for name, tensor in model.state_dict().items()
         if not name.removesuffix(".weight").endswith((".lora_A", ".lora_B"))
-    }
-    state |= {f"{name}.weight": layer.merged().to(device) for name, layer in adapters(model).items()}
-    return model.with_weights(state)
+    })  # fmt: skip
 
 
 def _tensors(model: Model) -> dict[str, Tensor]:

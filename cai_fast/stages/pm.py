@@ -170,11 +170,7 @@ def train(ctx: Context, model: Model, name: str, pairs: list[Pair], first_step: 
         name, [p.tokens for p in pairs], [p.weight for p in pairs], loss, [1.0] * len(pairs),
         ("loss", "accuracy", "margin"),
     )  # fmt: skip
-    settings = FitSettings(
-        ctx.config.seed, cfg.epochs, cfg.batch_pairs, cfg.micro_tokens, cfg.lr, cfg.schedule, cfg.warmup_steps,
-        cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
-        ctx.config.checkpoint.keep, ctx.config.checkpoint.background,
-    )  # fmt: skip
+    settings = FitSettings.of(ctx.config, cfg, cfg.batch_pairs)
     return fit(
         model, task, settings, stage="pm", state_dir=ctx.run.state_dir(name), log=ctx.log, dist=ctx.dist,
         first_step=first_step,

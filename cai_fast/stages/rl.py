@@ -10,6 +10,7 @@ are sampled saves a policy that no guard has judged, in a folder of its own.
 import heapq
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +188,7 @@ class Loop:
         stop = self.ctx.dist.stop_agreed()
         if (due or stop) and step > self.judged:
             self.keep(step, journal, self.states)
+            self.drop_unjudged()
         if stop:
             self.states.wait()
             raise Stopped
@@ -196,6 +198,13 @@ class Loop:
         heartbeat.at("rl: saving", f"iteration {step}")
         journal.sync()
         self.ppo.save(states, step, self.extra)
+
+    def drop_unjudged(self) -> None:
+        """Give back the disk of a state that newer ones which have been judged make useless. Collective."""
+        folder = self.unjudged.folder
+        if self.ctx.dist.on_main(folder.is_dir):
+            self.states.wait()  # until the judged one is complete
+            self.ctx.dist.on_main(lambda: shutil.rmtree(folder))
 
     def update(self, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Train on the answers of this iteration. Collective."""

@@ -41,11 +41,7 @@ def run(ctx: Context) -> None:
 
     lengths = [e.tokens for e in fitting]
     task = Task("sft", lengths, [e.weight * len(e.target_ids) for e in fitting], loss, lengths)
-    settings = FitSettings(
-        ctx.config.seed, cfg.epochs, cfg.batch_tokens, cfg.micro_tokens, cfg.lr, cfg.schedule, cfg.warmup_steps,
-        cfg.weight_decay, cfg.max_grad_norm, cfg.save_every, ctx.config.model.moments,
-        ctx.config.checkpoint.keep, ctx.config.checkpoint.background,
-    )  # fmt: skip
+    settings = FitSettings.of(ctx.config, cfg, cfg.batch_tokens)
     steps = fit(model, task, settings, stage="sft", state_dir=ctx.run.state_dir("sft"), log=ctx.log, dist=ctx.dist)
     summary = counts | {"examples": len(fitting), "tokens": sum(lengths), "steps": steps} | roles.sizes(model)
     roles.export(ctx, model, "sl_cai", renderer.tokenizer, summary)
