@@ -67,8 +67,12 @@ def live_tensors(kept: list[torch.Tensor] | None) -> list[tuple[int, int]]:
     settings = FitSettings(seed=1, epochs=1, batch_size=1000, micro_tokens=1, lr=1e-3, schedule="constant",
                            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, save_every=0)  # fmt: skip
     optimizer = Optimizer.adamw(model.named_parameters(), 1e-3)
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda box: box.tensor):
-        fit.accumulate(task, range(50), settings, optimizer, means, alone())
+    gc.freeze()  # what is there already need not be looked at a hundred times
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda box: box.tensor):
+            fit.accumulate(task, range(50), settings, optimizer, means, alone())
+    finally:
+        gc.unfreeze()
     return alive
 
 
