@@ -46,7 +46,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNam
     for name, stage in stages.items():
         monkeypatch.setitem(sys.modules, f"cai_fast.stages.{name}", stage)
     fake = SimpleNamespace(
-        check=lambda cfg: ["checked"],
+        check=lambda cfg, *, here: ["checked"],
         plan=lambda cfg: ["planned"],
         open_context=lambda cfg, run, log, dist: SimpleNamespace(config=cfg, run=run, log=log, dist=dist),
         summary_lines=lambda run: ["the table"],
@@ -86,7 +86,7 @@ def test_check_and_plan_do_no_work(world: SimpleNamespace, capsys: Any) -> None:
 
 
 def test_bad_input_found_by_the_check_is_one_message_and_no_work(world: SimpleNamespace, capsys: Any) -> None:
-    def check(cfg: config.Config) -> list[str]:
+    def check(cfg: config.Config, *, here: bool) -> list[str]:
         raise InputError("line 3 of red.jsonl is not JSON")
 
     world.pipeline.check = check
