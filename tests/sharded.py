@@ -19,7 +19,7 @@ from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Distributed
 from cai_fast.fit import FitSettings, Task
-from cai_fast.model import Model, ModelConfig, ScalarHead, init_random, load
+from cai_fast.model import Model, ModelConfig, ScalarHead, init_random, load, lora
 from cai_fast.model.recompute import KINDS
 from cai_fast.optim import Optimizer
 from cai_fast.ppo import Critic, Ppo
@@ -58,9 +58,12 @@ def trained(folder: Path, dist: Distributed, head: str, new_head: int | None = N
     return load(folder, head=head, new_head=new_head, prepare=prepare)
 
 
-def sft(folder: Path, dist: Distributed, state: str = "", stop: int = 0) -> dict[str, Model]:
-    """Several steps of supervised fine-tuning; state: name of the folder of states; stop: in this micro-batch."""
-    model = trained(folder / "lm", dist, "lm")
+def sft(folder: Path, dist: Distributed, state: str = "", stop: int = 0, rank: int = 0) -> dict[str, Model]:
+    """Several steps of supervised fine-tuning; state: name of the folder of states; stop: in this micro-batch; rank: of
+    adapters, which are trained instead of the weights."""
+    model = load(folder / "lm") if rank else trained(folder / "lm", dist, "lm")
+    if rank:
+        lora.add_adapters(model, rank, 2.0 * rank, lora.TARGETS, 0)
     passes = itertools.count(1)
 
     def loss(items: list[int], scale: float) -> tuple[Tensor, losses.Stats]:
@@ -74,7 +77,12 @@ def sft(folder: Path, dist: Distributed, state: str = "", stop: int = 0) -> dict
         _fit(model, task, folder, dist, state)
     except distributed.Stopped:
         assert stop
-    return {"model": model}
+    return {"model": lora.merge(model) if rank else model}
+
+
+def adapters(folder: Path, dist: Distributed) -> dict[str, Model]:
+    """Fine-tuning of adapters, replicated on all ranks."""
+    return sft(folder, dist, f"adapters.{dist.world}", rank=4)
 
 
 def stopped(folder: Path, dist: Distributed) -> dict[str, Model]:

@@ -11,7 +11,7 @@ from tiny import relative_difference
 from cai_fast.model import load
 
 pytestmark = pytest.mark.distributed
-STEPS = ["sft", "pm", "ppo", "ppo_detached"]
+STEPS = ["sft", "pm", "ppo", "ppo_detached", "adapters"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
