@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import tokenizers
 
-from cai_fast import chat, prompts
+from cai_fast import chat_template, prompts
 from cai_fast.constitution import Constitution, Principle, uniform
 from cai_fast.errors import InputError
 from cai_fast.prompts import Mark, Prompts, Segment
@@ -74,7 +74,7 @@ class Tokenizer:
         self.source_path = source_path
         serialized = wrapped.backend_tokenizer.to_str()
         self._control = tokenizers.Tokenizer.from_str(serialized)  # control tokens are what they are
-        self.control, self._text = chat.without_control(serialized)
+        self.control, self._text = chat_template.without_control(serialized)
         for backend in (self._text, self._control):
             backend.no_truncation()
             backend.no_padding()
@@ -145,9 +145,9 @@ class Tokenizer:
         return self._control.decode([*self._lead, *ids], skip_special_tokens=True)[len(self._lead_text) :]
 
     @cached_property
-    def template(self) -> chat.Template:
+    def template(self) -> chat_template.Template:
         """The chat template; InputError where there is none."""
-        return chat.Template(self._wrapped, self.source_path, self.control)
+        return chat_template.Template(self._wrapped, self.source_path, self.control)
 
     def as_text(self, ids: Sequence[int]) -> tuple[str, list[int]]:
         """Ids as text with its control tokens, and the ids that transformers makes of that text: mostly the same."""
@@ -175,7 +175,7 @@ class Renderer:
         self.prompts = Prompts(constitution, self.format, seed)
         self.few_shot_pool = few_shot_pool
         self.is_chat = self.format.kind == "chat"
-        self.style = chat.Style("", False)
+        self.style = chat_template.Style("", False)
         if self.is_chat:
             self.style = tokenizer.template.style(bool(self.format.system))
         self.stop_id = self._turn_end() if self.is_chat else tokenizer.eos_id
@@ -189,15 +189,15 @@ class Renderer:
 
     def _after_cut(self, segments: Iterable[Segment]) -> str:
         """What the chat template writes after an assistant's text when `segments` follow."""
-        text = self._chat_text([Mark.USER, "x", Mark.ASSISTANT, chat.CUT, *segments])
-        if text.count(chat.CUT) != 1:
+        text = self._chat_text([Mark.USER, "x", Mark.ASSISTANT, chat_template.CUT, *segments])
+        if text.count(chat_template.CUT) != 1:
             raise InputError(f"{self.tokenizer.source_path}: the chat template does not keep the assistant's messages")
-        return text.split(chat.CUT)[1]
+        return text.split(chat_template.CUT)[1]
 
     def _chat_text(self, segments: Iterable[Segment]) -> str:
         messages, prefill = prompts.messages(segments, self.format.system)
         if self.style.folds_system:
-            messages = chat.fold_system(messages)
+            messages = chat_template.fold_system(messages)
         # The prefill goes behind the template's text; it is ours, so nothing in it needs to be broken up.
         text = self.tokenizer.template.render(messages, reply=prefill is not None)
         return text + self.style.opening + prefill if prefill else text
@@ -234,7 +234,7 @@ class Renderer:
         Templates treat a last message unlike one in the middle, so the next message is opened; texts on the two sides
         of a control token are tokenized apart, so the rest can be encoded alone.
         """
-        text = self._chat_text([*segments, Mark.USER, chat.CUT]).partition(chat.CUT)[0]
+        text = self._chat_text([*segments, Mark.USER, chat_template.CUT]).partition(chat_template.CUT)[0]
         ends = [(text.rfind(word) + len(word), word) for word in self.tokenizer.control if word in text]
         end, seam = max(ends, default=(0, ""))
         return text[:end], seam

@@ -15,7 +15,7 @@ from support import byte_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from cai_fast import chat, config, preflight, prompts
+from cai_fast import chat_template, config, preflight, prompts
 from cai_fast.constitution import load
 from cai_fast.errors import InputError
 from cai_fast.model import init_random
@@ -215,7 +215,7 @@ def test_few_shot_examples_are_shared_and_part_of_the_whole(family: tuple[Family
         assert prompt.prefix + prompt.ids == tokenizer.encode_control(text) and len(prompt.prefix) > 800
         assert text.count(SYSTEM) == bool(system)
         messages, begun = prompts.messages(segments, system)
-        messages = chat.fold_system(messages) if r.style.folds_system else messages
+        messages = chat_template.fold_system(messages) if r.style.folds_system else messages
         whole = tokenizer.template.render([*messages, {"role": "assistant", "content": begun or "x"}], reply=False)
         assert whole.startswith(r._chat_text(segments)), "a reply that we begin stands where the template puts replies"
 
