@@ -19,7 +19,7 @@ from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
 from cai_fast.optim import Optimizer, schedule
-from cai_fast.parallel import is_sharded
+from cai_fast.parallel import is_sharded, together
 from cai_fast.runlog import Mean, RunLog
 
 Loss = Callable[[list[int], float], tuple[Tensor, Stats]]
@@ -139,13 +139,16 @@ def accumulate(
         means.add(name, 0.0, 0.0)
     mine = groups[dist.rank :: dist.world]
     for group in mine:
-        loss, stats = task.loss([batch[i] for i in group], scale)
-        loss.backward()
+        with together(even):
+            loss, stats = task.loss([batch[i] for i in group], scale)
+            loss.backward()
         for name, (total, count) in stats.items():
             means.add(name, total, count)
     if even and len(mine) < len(groups[:: dist.world]):
         smallest = min(batch, key=lambda i: task.lengths[i])
-        loss, _ = task.loss([smallest], scale)
-        (loss * 0.0).backward()
+        with together(even):
+            loss, _ = task.loss([smallest], scale)
+            (loss * 0.0).backward()
     optimizer.reduce(dist)
-    return float(optimizer.clip(settings.max_grad_norm))
+    with together(even):
+        return float(optimizer.clip(settings.max_grad_norm))

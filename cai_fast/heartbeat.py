@@ -7,6 +7,7 @@ the others.
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ class Place(NamedTuple):
     item: str
     since: float  # time.monotonic()
     waiting: bool = False  # in a collective call, for the other ranks
+    calls: int = 0  # collective calls begun so far: the same on all ranks, but for those behind
 
     def __str__(self) -> str:
         return f"{self.phase}, {self.item}" if self.item else self.phase
@@ -38,7 +40,7 @@ _here: list[Place] = [Place("start", "", time.monotonic())]  # replaced as a who
 
 def at(phase: str, item: str | int = "") -> None:
     """This process now does `phase` with `item`: an id, "step 3", ..."""
-    _here[0] = Place(phase, str(item), time.monotonic())
+    _here[0] = Place(phase, str(item), time.monotonic(), calls=_here[0].calls)
 
 
 def beat() -> None:
@@ -48,8 +50,9 @@ def beat() -> None:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Around a collective call."""
-    _here[0] = _here[0]._replace(since=time.monotonic(), waiting=True)
+    """Around a collective call, or a pass of a sharded model, which consists of them."""
+    place = _here[0]
+    _here[0] = place._replace(since=time.monotonic(), waiting=True, calls=place.calls + 1)
     try:
         yield
     finally:
@@ -66,6 +69,7 @@ class Heartbeat:
         self.rank, self.world, self.store, self.stall_s, self.timeout_s = rank, world, store, stall_s, timeout_s
         self._reported = -1.0  # `since` of the place that was reported as stalled
         self._gone = ""
+        self._heard: dict[int, tuple[str, float]] = {}  # by rank: its last record, and when this rank first read it
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         beat()
@@ -88,6 +92,8 @@ class Heartbeat:
             self._publish()
             place = _here[0]
             still = time.monotonic() - place.since
+            if still >= min(self.stall_s or math.inf, self.timeout_s or math.inf) / 2:
+                self.ranks()  # so that it is known since when they say the same
             if self.timeout_s and place.waiting and still >= self.timeout_s:
                 self._give_up(place, still)
             if self.stall_s and still >= self.stall_s and place.since != self._reported and self._report():
@@ -96,33 +102,35 @@ class Heartbeat:
     def _record(self) -> dict[str, Any]:
         place = _here[0]
         still = time.monotonic() - place.since
-        return place._asdict() | {"still": still, "time": time.time(), "gone": self._gone}
+        return place._asdict() | {"still": still, "gone": self._gone}
 
     def _publish(self) -> None:
-        if self.store is None:
-            return
-        try:
-            self.store.set(f"heartbeat/{self.rank}", json.dumps(self._record()))
-        except torch_dist.DistError:  # the store is gone, and with it whoever started the ranks
-            self.store = None
+        store = self.store  # which `stop` may take away
+        if store is not None:
+            with contextlib.suppress(torch_dist.DistError):  # slow or gone: it is tried again
+                store.set(f"heartbeat/{self.rank}", json.dumps(self._record()))
 
     def ranks(self) -> list[dict[str, Any]]:
         """What each rank last published, with "still" brought up to now; {} of one that has not begun or of all others
-        where the store is gone."""
-        now, records = time.time(), []
+        where the store is gone. A rank that can no longer publish has stood still since this one has known its record:
+        the clocks of several machines are not compared."""
+        store, records = self.store, []
         for rank in range(self.world):
-            record: dict[str, Any] = {}
             if rank == self.rank:
-                record = self._record()
-            elif self.store is not None:
+                records.append(self._record())
+                continue
+            text, key = "", f"heartbeat/{rank}"
+            if store is not None:
                 try:
-                    key = f"heartbeat/{rank}"
-                    record = json.loads(self.store.get(key)) if self.store.check([key]) else {}
+                    text = store.get(key).decode() if store.check([key]) else ""
                 except torch_dist.DistError:
-                    self.store = None
-            if record:  # a rank that can no longer publish has stood still since
-                record["still"] += max(0.0, now - record["time"])
-            records.append(record)
+                    store = None
+            known, since = self._heard.get(rank, ("", 0.0))
+            if text != known:
+                since = time.monotonic()
+                self._heard[rank] = text, since
+            record = json.loads(text) if text else {}
+            records.append(record | {"still": record["still"] + time.monotonic() - since} if record else {})
         return records
 
     def _first(self, name: str) -> bool:
@@ -158,8 +166,11 @@ class Heartbeat:
         os._exit(FAILED)
 
     def _absent(self) -> str:
-        absent = [f"rank {n} ({_describe(r)})" for n, r in enumerate(self.ranks()) if not r.get("waiting")]
-        return ", ".join(absent) or "none, all ranks wait, but not for the same"
+        ranks = list(enumerate(self.ranks()))
+        absent = [(n, r) for n, r in ranks if not r.get("waiting")]
+        most = max(r.get("calls", 0) for _, r in ranks)
+        absent = absent or [(n, r) for n, r in ranks if r["calls"] < most]
+        return ", ".join(f"rank {n} ({_describe(r)})" for n, r in absent) or "none, all ranks wait in the same call"
 
     def lost(self) -> str:
         """After a collective call has failed: which ranks are gone, as far as that is known, and where they were.

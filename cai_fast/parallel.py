@@ -4,12 +4,15 @@ Parameters, gradients and optimizer state are fp32 shards; each layer is gathere
 comes. Gradients are summed over the ranks, not averaged, because every loss carries its global normaliser already.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from cai_fast import heartbeat
 from cai_fast.distributed import Distributed
 from cai_fast.model import Model
 from cai_fast.model.hf import own_rows, row_range
@@ -37,15 +40,21 @@ def is_sharded(module: torch.nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def together(sharded: bool) -> contextlib.AbstractContextManager[None]:
+    """Around a pass of a model: if it is `sharded`, all ranks do it together, and wait for those that do not come."""
+    return heartbeat.waiting() if sharded else contextlib.nullcontext()
+
+
 def gather(model: Model, dtype: torch.dtype) -> Model | None:
     """Collective: the whole model in `dtype` on the CPU of rank 0; None on other ranks."""
     main = torch.distributed.get_rank() == 0
     whole = _empty_like(model, dtype, "cpu") if main else None
     targets = dict(whole.named_parameters()) if whole is not None else {}
-    for name, parameter in model.named_parameters():
-        full = _full(parameter, dtype)
-        if main:
-            targets[name].copy_(full)
+    with heartbeat.waiting():
+        for name, parameter in model.named_parameters():
+            full = _full(parameter, dtype)
+            if main:
+                targets[name].copy_(full)
     return whole
 
 
@@ -61,8 +70,9 @@ class Replica:
     def refresh(self) -> None:
         """Collective: take over the source's weights as they are now, and make sure that they have arrived."""
         targets = dict(self.model.named_parameters())
-        for name, parameter in self.source.named_parameters():
-            targets[name].copy_(_full(parameter, self.model.dtype))
+        with heartbeat.waiting():
+            for name, parameter in self.source.named_parameters():
+                targets[name].copy_(_full(parameter, self.model.dtype))
         self.check()
 
     def check(self) -> None:
@@ -70,8 +80,9 @@ class Replica:
         dtype = self.model.dtype
         held = torch.stack([_fingerprint(p, dtype) for p in self.model.parameters()])
         shards = torch.stack([_fingerprint(p, dtype) for p in self.source.parameters()])
-        torch.distributed.all_reduce(shards)  # integers: exact in any order
-        wrong = (held != shards).nonzero().flatten().tolist()
+        with heartbeat.waiting():
+            torch.distributed.all_reduce(shards)  # integers: exact in any order
+            wrong = (held != shards).nonzero().flatten().tolist()
         if wrong:
             names = [name for name, _ in self.model.named_parameters()]
             found = ", ".join(names[i] for i in wrong[:3])

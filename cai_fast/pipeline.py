@@ -289,7 +289,8 @@ def journaled(
     `process(chunk of ids)` yields one JSON row per id, each holding its "id". Rows already journaled, by any rank
     of any earlier attempt, are not redone. Returns every row by id, in the order of `ids`.
     """
-    done = _journal_rows(ctx, stage)
+    # Rank 0 reads for all: on a shared file system the others may see less, and would cut other chunks.
+    done = set(ctx.dist.on_main(lambda: sorted(_journal_rows(ctx, stage))))
     pending = [item for item in ids if item not in done]
     chunk = _chunk(ctx, len(pending), chunk)
     chunks = [pending[start : start + chunk] for start in range(0, len(pending), chunk)]
@@ -318,6 +319,11 @@ def journaled(
     ctx.dist.barrier()
     ctx.log_work(stage.split(".")[0], len(ids), time.monotonic() - began)
     rows = _journal_rows(ctx, stage)
+    if missing := [item for item in ids if item not in rows]:
+        raise RuntimeError(
+            f"{ctx.run.path('journal')}: rank {ctx.dist.rank} does not see {len(missing)} rows of {stage} that other "
+            "ranks have written; is the run folder on one file system that all nodes share? Run the same command again"
+        )
     return {item: rows[item] for item in ids}
 
 

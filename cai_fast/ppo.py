@@ -22,7 +22,7 @@ from cai_fast.losses import PolicyTerms
 from cai_fast.model import Model, ScalarHead
 from cai_fast.model.heads import scalar_rows
 from cai_fast.optim import Optimizer
-from cai_fast.parallel import is_sharded
+from cai_fast.parallel import is_sharded, together
 from cai_fast.runlog import Mean
 
 STATS = ("policy_loss", "clipfrac", "entropy", "approx_kl", "ratio_gap", "value_loss")
@@ -148,8 +148,9 @@ class Ppo:
             )
             return rows, own, both
 
-        rows, own, both = self.policy(batch.packed, loss=policy)
-        values = self.critic(batch, rows)
+        with together(is_sharded(self.policy)):
+            rows, own, both = self.policy(batch.packed, loss=policy)
+            values = self.critic(batch, rows)
         return Bin(samples, batch, own.logprob, own.logprob - both.ref_logprob, both.kl, own.entropy, values)
 
     def set_advantages(self, rollouts: Rollouts, scores: Tensor) -> dict[str, float]:
@@ -180,8 +181,9 @@ class Ppo:
             for minibatch, fillers, tokens in zip(rollouts.minibatches, rollouts.fillers, rollouts.tokens, strict=True):
                 stats = self._accumulate(minibatch, 1.0 / tokens, fillers)
                 first_gap = stats["ratio_gap"] if math.isnan(first_gap) else first_gap
-                norm = float(self.optimizer.clip(self.settings.max_grad_norm))
-                critic_norm = float(self.critic_optimizer.clip(self.settings.max_grad_norm))
+                with together(is_sharded(self.policy)):
+                    norm = float(self.optimizer.clip(self.settings.max_grad_norm))
+                    critic_norm = float(self.critic_optimizer.clip(self.settings.max_grad_norm))
                 if not math.isfinite(norm + critic_norm):
                     return {"grad_norm": math.nan}
                 self.optimizer.step(factor)
@@ -196,13 +198,16 @@ class Ppo:
         means = Mean()
         for name in STATS:
             means.add(name, 0.0, 0.0)
+        sharded = is_sharded(self.policy)
         for b in minibatch:
-            loss, stats = self._loss(b, scale)
-            loss.backward()
+            with together(sharded):
+                loss, stats = self._loss(b, scale)
+                loss.backward()
             for name, (total, count) in stats.items():
                 means.add(name, total, count)
         for b in fillers:
-            (self._loss(b, scale)[0] * 0.0).backward()
+            with together(sharded):
+                (self._loss(b, scale)[0] * 0.0).backward()
         self.optimizer.reduce(self.dist)
         self.critic_optimizer.reduce(self.dist)
         return means.reduce(self.dist)

@@ -7,6 +7,7 @@ one rank as on many.
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+from cai_fast import heartbeat
 from cai_fast.batching import bins
 from cai_fast.pipeline import Context
 from cai_fast.scorer import MICRO_TOKENS
@@ -37,6 +38,7 @@ def shared(
     with ctx.progress(len(items), name, "item", done=lambda: ctx.dist.add(counter, 0)) as bar:
 
         def work(number: int) -> list[Any]:
+            heartbeat.at(name, f"chunk {number + 1} of {len(chunks)}")
             results = list(process([items[index] for index in chunks[number]]))
             if len(results) != len(chunks[number]):
                 raise RuntimeError(f"{name}: {len(results)} results for {len(chunks[number])} items")

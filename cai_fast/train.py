@@ -96,24 +96,31 @@ def _fault(error: OSError, run_dir: str) -> str:
 
 def _among_ranks(command: config.Command, dist: "Distributed") -> None:
     """Do the command's action, then leave the other ranks, telling them why if it failed."""
-    from cai_fast import distributed, pipeline
+    from cai_fast import distributed
 
     try:
-        if command.action == "plan":
-            _say("\n".join(pipeline.plan(command.config)))
-            return
-        lines = dist.on_main(lambda: pipeline.check(command.config, here=command.action == "run"))
-        if command.action == "check":
-            _say("\n".join([*lines, "All inputs are usable."]))
-            return
-        distributed.install_signal_handlers()
-        _run(command.config, dist)
+        _act(command, dist)
+        distributed.shutdown()  # here, because a rank may be lost in it too
     except RuntimeError as error:
         if line := dist.lost(error):
             raise distributed.RankLost(line) from error
         raise
     finally:
         distributed.shutdown(sys.exception())
+
+
+def _act(command: config.Command, dist: "Distributed") -> None:
+    from cai_fast import distributed, pipeline
+
+    if command.action == "plan":
+        _say("\n".join(pipeline.plan(command.config)))
+        return
+    lines = dist.on_main(lambda: pipeline.check(command.config, here=command.action == "run"))
+    if command.action == "check":
+        _say("\n".join([*lines, "All inputs are usable."]))
+        return
+    distributed.install_signal_handlers()
+    _run(command.config, dist)
 
 
 def _run(cfg: config.Config, dist: "Distributed") -> None:
