@@ -376,6 +376,8 @@ def _check_together(cfg: Config) -> None:
         raise InputError(
             "parallel.shard = true: adapters and their trunk are replicated. Leave it out or set lora.rank = 0."
         )
+    if settings["lora"]["rank"] and settings["parallel"]["recompute"] == "selective":
+        raise InputError("parallel.recompute = selective keeps more than none does with adapters: use full or none.")
     revisions, rounds = settings["sft"]["revisions"], settings["revise"]["rounds"]
     if isinstance(revisions, tuple) and (not revisions or max(revisions) > rounds):
         raise InputError(f"sft.revisions must name revisions 0 to revise.rounds = {rounds}. Got {list(revisions)}.")

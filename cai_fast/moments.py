@@ -32,7 +32,7 @@ class Moments:
         if stage in ("base", "sft", "pm"):
             return self._fitting(stage) + [self._generating(stage, work) for work in self.works.get(stage, [])]
         if stage == "evaluate":
-            return [*(self._generating(stage, work) for work in self.works[stage]), self._divergences()]
+            return [*(self._generating(stage, work) for work in self.works[stage]), *self._measuring()]
         return [self._generating(stage, work) for work in self.works.get(stage, [])] or [Memory("nothing")]
 
     def pools(self, stage: str, work: Work) -> list[Pool]:
@@ -57,10 +57,7 @@ class Moments:
             gradients = self.layout.main_grad("rl", self.layout.shape("base")) if len(networks) > 1 else 0.0
             weights = sum(network.weights for network in networks)
             return Memory("loaded", weights, gradients) + self._beside_policy()
-        weights = work.engines * self.layout.frozen(work.role)
-        if stage == "evaluate":
-            weights += self.layout.frozen("pm_init", "score")
-        return Memory("loaded", weights)
+        return Memory("loaded", work.engines * self.layout.frozen(work.role))
 
     def _cached(self, stage: str, work: Work) -> float:
         """Bytes of keys and values in the caches, and in handles outside of them."""
@@ -88,10 +85,8 @@ class Moments:
         moments = [Memory("update", activations=layout.training(stage, role, head)) + trained]
         if self.machine.count > 1 and not layout.sharded and stage != "base":
             moments.append(Memory("exchange of gradients", gradients=layout.exchange(stage, role, head)) + trained)
-        if layout.rank:
+        if layout.rank and not layout.cuda:  # the merged copy is made on the CPU
             moments.append(Memory("merging", 2 * trunk.weights))
-        elif stage == "pm" and not layout.sharded:  # the trunk of a language model is copied under a new head
-            moments.append(Memory("loading", layout.frozen(role) + layout.frozen(role, head)))
         return moments
 
     def _networks(self) -> list[Memory]:
@@ -135,13 +130,17 @@ class Moments:
         ]
         if self.machine.count > 1 and not layout.sharded:
             moments.append(Memory("exchange of gradients", gradients=layout.exchange("rl", "base")) + held)
-        if layout.rank:
+        if layout.rank and not layout.cuda:
             moments.append(Memory("merging", layout.frozen("base")) + idle)
         return moments
 
-    def _divergences(self) -> Memory:
-        """Stage evaluate compares all policies' distributions: three of them, and the preference model."""
+    def _measuring(self) -> list[Memory]:
+        """Stage evaluate scores answers with a preference model, then compares the distributions of two policies."""
         layout, model = self.layout, self.layout.shape("base").config
-        weights = 3 * layout.frozen("base") + layout.frozen("pm_init", "score")
-        activations = layout.forward(model, MICRO_TOKENS) + layout.logits(model, MICRO_TOKENS, 2)
-        return Memory("divergences", weights, activations=activations)
+        forward = layout.forward(model, MICRO_TOKENS)
+        return [
+            Memory("scores", layout.frozen("pm_init", "score"), activations=forward),
+            Memory(
+                "divergences", 2 * layout.frozen("base"), activations=forward + layout.logits(model, MICRO_TOKENS, 2)
+            ),
+        ]

@@ -72,7 +72,7 @@ class Planner:
         works, trained = self.works.get(stage, []), self.passes[stage].trained
         prefill, decode = sum(w.prefill for w in works), sum(w.decode for w in works)
         peak, seconds = self.moments.peak(stage), self._seconds(stage, works)
-        return StagePlan(stage, peak, self.disk(stage), trained, prefill, decode, seconds)
+        return StagePlan(stage, peak, sum(self.disk(stage)), trained, prefill, decode, seconds)
 
     def _seconds(self, stage: str, works: list[Work]) -> float:
         rates, width, passes = self.speeds(), self.moments.layout.width, self.passes[stage]
@@ -97,17 +97,28 @@ class Planner:
             total += 4 * sizes.count(head) + 6 * layout.adapters(sizes) if layout.rank else 6 * sizes.count(head)
         return total
 
-    def disk(self, stage: str) -> float:
-        """Bytes of texts, checkpoints and training states of a stage, of all ranks together."""
+    def disk(self, stage: str) -> tuple[float, float]:
+        """Bytes of all ranks together: of the texts and checkpoints of a stage, and of its training states, which go
+        when it ends."""
         texts = TEXT_BYTES * sum(work.prefill + work.decode for work in self.works.get(stage, []))
-        layout, total = self.moments.layout, 0.0
+        layout, kept, states, pair = self.moments.layout, 0.0, 0.0, 2 if stage == "pm" else 1
         for number, (sizes, head) in enumerate(self._networks(stage)):
             adapters = layout.adapters(sizes)
             count = adapters if layout.rank else sizes.count(head)
             weight, state = (4, 8) if layout.sharded else (layout.width, layout.per_weight(stage)[1])
-            total += (self.config.checkpoint.keep + 1) * count * (weight + state)
-            total += (sizes.count(head) + adapters) * layout.width if number == 0 else 0  # the critic is not exported
-        return texts + total * (2 if stage == "pm" else 1)
+            # Of two models trained one after the other, the first one's stay; one more while it is written.
+            states += (pair * self.config.checkpoint.keep + 1) * count * (weight + state)
+            kept += (sizes.count(head) + adapters) * layout.width if number == 0 else 0  # the critic is not exported
+        return texts + kept * pair, states
+
+    def room_on_disk(self) -> float:
+        """Bytes that a run folder may hold at a time: all stages' results, and the states of one."""
+        made, most = 0.0, 0.0
+        for stage in self.config.stages:
+            kept, states = self.disk(stage)
+            made += kept
+            most = max(most, made + states)
+        return most
 
     @property
     def room(self) -> float:

@@ -1,7 +1,5 @@
 """`--check`, and the first thing every run does: validate every input before any work starts."""
 
-import dataclasses
-
 from cai_fast import capacity, pipeline, plan, readers
 from cai_fast.config import Config, HardwareConfig
 from cai_fast.constitution import Constitution
@@ -11,18 +9,17 @@ from cai_fast.model import check as check_model
 from cai_fast.model.verify import Summary, untrained
 from cai_fast.pipeline import TOY
 from cai_fast.planner import Planner, weight_width
-from cai_fast.rundir import require_free
+from cai_fast.rundir import folder_bytes, require_free
 from cai_fast.tokenizer import Renderer, Tokenizer
 
 
 def check(config: Config, here: bool = False) -> list[str]:
     """Validate everything that can be without work: constitution, prompts, comparisons, checkpoints, memory, disk.
 
-    Returns lines to print; raises InputError on the first thing that cannot be used. here: the run begins on this
-    machine, whatever `hardware` says.
+    Returns lines to print; raises InputError on the first thing that cannot be used. here: a run begins.
     """
-    if here:
-        config = dataclasses.replace(config, hardware=HardwareConfig())
+    if here and config.hardware != HardwareConfig():
+        raise InputError("hardware.gpu and hardware.count are for --check and --plan: leave them out of a run.")
     lines = [_check_constitution(config)]
     _check_moments(config)
     if {"revise", "rl"} & set(config.stages):
@@ -44,7 +41,7 @@ def check(config: Config, here: bool = False) -> list[str]:
     if set(config.stages) - {"report"}:
         lines.append(plan.check_memory(planner))
         if not config.hardware.gpu:  # else the disk, too, is not here
-            require_free(config.run_dir, int(sum(map(planner.disk, config.stages))))
+            require_free(config.run_dir, max(0, int(planner.room_on_disk()) - folder_bytes(config.run_dir)))
     return lines
 
 

@@ -64,7 +64,7 @@ def _kinds(planner: Planner) -> Iterator[Iterator[Changes]]:
     yield (
         {s: {"micro_tokens": min(now[s], tokens)} for s in trained} for tokens in _halves(max(now.values(), default=0))
     )
-    levels = ("none", "selective", "full")
+    levels = ("none", "full") if config.lora.rank else ("none", "selective", "full")
     yield (
         {"parallel": {"recompute": mode}} for mode in levels[levels.index(config.parallel.recompute) + 1 :] if trained
     )

@@ -65,6 +65,11 @@ def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def folder_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
 def require_free(path: str | os.PathLike[str], size: int) -> None:
     """InputError unless `path` (or its nearest existing parent) can be written to and has `size` bytes free."""
     place = Path(path).absolute()

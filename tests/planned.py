@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from tiny import alone
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from cai_fast import config, losses, pipeline
 from cai_fast.batching import Example, pack, pack_targets
@@ -45,22 +44,10 @@ def trainee(cfg: config.Config, shape: ModelConfig, head: str, device: str) -> M
 
 
 def recomputing(model: Model, mode: str) -> Model:
-    """Every layer recomputed in the backward pass: wholly, or all but its products and attention."""
-    products = [torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
-    chosen: dict[str, Any] = {}
-    if mode == "selective":
-        chosen["context_fn"] = lambda: checkpoint.create_selective_checkpoint_contexts(products)
-    for block in model.model.layers if mode != "none" else []:
-        block.forward = _Recomputed(block.forward, chosen)
+    """The model with its layers' activations kept as `mode` says."""
+    for block in model.model.layers:
+        block.recompute = mode
     return model
-
-
-class _Recomputed:
-    def __init__(self, forward: Any, options: dict[str, Any]) -> None:
-        self.forward, self.options = forward, options
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        return checkpoint.checkpoint(self.forward, *arguments, use_reentrant=False, **self.options)
 
 
 def examples(count: int, length: int) -> list[Example]:

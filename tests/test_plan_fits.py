@@ -220,9 +220,35 @@ def test_a_run_is_checked_for_the_machine_it_runs_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(plan, "check_memory", lambda planner: seen.append(planner.machine.kind) or "")
     cfg = config.load(["--hardware.gpu", "H200", "--run-dir", str(tmp_path / "run")])
     preflight.check(cfg)
-    preflight.check(cfg, here=True)
+    with pytest.raises(InputError, match="leave them out of a run"):
+        preflight.check(cfg, here=True)
+    preflight.check(config.load(["--run-dir", str(tmp_path / "run")]), here=True)
     assert seen == ["cuda", "cuda" if torch.cuda.is_available() else "cpu"]
     assert machine(cfg).name == "H200"
+
+
+def test_the_disk_of_a_run_that_is_on_its_way_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai_fast import preflight
+
+    asked: list[int] = []
+    monkeypatch.setattr(preflight, "require_free", lambda path, size: asked.append(size))
+    cfg = config.load(["--run-dir", str(tmp_path)])
+    preflight.check(cfg)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.safetensors").write_bytes(bytes(10**6))
+    preflight.check(cfg)
+    own = [size for size in asked if size > 10**6]
+    assert len(own) == 2 and own[0] - own[1] == 10**6
+
+
+@pytest.mark.parametrize(
+    "words", ["--lora.rank 4 --parallel.recompute selective", "--lora.rank 4 --parallel.shard true"]
+)
+def test_what_adapters_do_not_go_with_is_refused(words: str) -> None:
+    with pytest.raises(InputError, match="adapters"):
+        config.load(words.split())
 
 
 def test_tokens_of_the_largest_pass() -> None:
