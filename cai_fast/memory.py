@@ -198,7 +198,7 @@ class Layout:
         if recompute == "full":
             return hidden * w
         if recompute == "selective":  # the layer's input, the outputs of products and attention
-            return (3 * hidden + 2 * queries + 2 * keys + 2 * middle) * w + lse + low
+            return (3 * hidden + 2 * queries + 2 * keys + 2 * middle) * w + lse
         attention = 2 * queries + 2 * keys + (0 if self.cuda else queries)  # a CPU's output is gathered into a copy
         if model.qk_norm:
             attention += queries + keys

@@ -1,16 +1,19 @@
 """One rank of tests/test_heartbeat.py: python heart_worker.py ACTION FOLDER, with torchrun's environment."""
 
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import sharded
 import torch.distributed as torch_dist
 
-from cai_fast import distributed, heartbeat, train
+from cai_fast import distributed, fit, heartbeat, train
 from cai_fast.errors import InputError
 
 
@@ -25,6 +28,21 @@ def stall() -> None:
             time.sleep(0.01)
         threading.Event().wait()
     d.barrier()
+
+
+def hang(folder: Path) -> None:
+    """Rank 1 sleeps for ever before a pass of a sharded model, for which rank 0 waits in the middle of its own."""
+    heartbeat.INTERVAL = 0.05
+    d = distributed.init("cpu", timeout_s=3)
+    calls, together = itertools.count(1), fit.together
+
+    def counted(sharded_model: bool) -> AbstractContextManager[None]:
+        if next(calls) == 4 and d.rank == 1:
+            threading.Event().wait()
+        return together(sharded_model)
+
+    fit.together = counted
+    sharded.sft(folder, d)
 
 
 def lose(how: str, folder: Path) -> int:
@@ -66,5 +84,7 @@ if __name__ == "__main__":
         leave()
     elif sys.argv[1] == "stall":
         stall()
+    elif sys.argv[1] == "hang":
+        hang(Path(sys.argv[2]))
     else:
         sys.exit(lose(sys.argv[1], Path(sys.argv[2])))

@@ -1,5 +1,6 @@
 """A rank that stalls, that never comes, or that is gone is named, with its phase and sample."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import sharded
 from ranks import Ended
 
 from cai_fast import heartbeat
@@ -64,6 +66,20 @@ def test_the_place_is_kept_while_waiting() -> None:
 def ended(words: list[object]) -> list[Ended]:
     with ExitStack() as stack:
         return [process.wait() for process in [stack.enter_context(p) for p in ranks.start(words)]]
+
+
+@pytest.mark.distributed
+def test_a_rank_that_does_not_come_to_a_pass_of_a_sharded_model_is_named(tmp_path: Path) -> None:
+    sharded.write_models(tmp_path)
+    with ExitStack() as stack:
+        waits, sleeps = (stack.enter_context(p) for p in ranks.start(["tests/heart_worker.py", "hang", tmp_path]))
+        code, text = waits.wait()
+        sleeps.process.kill()
+        text += sleeps.wait().text
+    assert code == 1
+    [line] = [line for line in text.splitlines() if line.startswith("error")]
+    assert "rank 0 has waited 3 s for the other ranks in sft, step" in line
+    assert re.search(r"never arrived: rank 1 \(sft, step \d: at work for \d s\)", line)
 
 
 @pytest.mark.distributed
