@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cai_fast import distributed
 from cai_fast.config_schema import nearest
 from cai_fast.config_sections import EngineConfig, HardwareConfig
 from cai_fast.distributed import PEAK_FLOPS
@@ -53,7 +54,7 @@ class Machine:
 def machine(hardware: HardwareConfig, device: str) -> Machine:
     """What a run with `model.device` = device has here, or what is assumed; InputError for a GPU in no table."""
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    count = hardware.count or started
+    count, here = hardware.count or started, hardware.count or distributed.ranks_on_node()
     if hardware.gpu:
         if hardware.gpu not in MEMORY:
             known = ", ".join(sorted(MEMORY))
@@ -65,7 +66,7 @@ def machine(hardware: HardwareConfig, device: str) -> Machine:
         return Machine("cuda", count, MEMORY[hardware.gpu] * 2**30, hardware.gpu)
     if device != "cpu" and torch.cuda.is_available():
         return Machine("cuda", count, torch.cuda.mem_get_info()[1])
-    return Machine("cpu", count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count)
+    return Machine("cpu", count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here)
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,11 @@ def init(device: str = "auto", *, timeout_s: int = TIMEOUT_S, stall_s: int = 0) 
     return dist
 
 
+def ranks_on_node() -> int:
+    """How many processes torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _device(device: str) -> torch.device:
     """The device that `model.device` means on this rank."""
     use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -340,9 +345,11 @@ def shutdown(error: BaseException | None = None) -> None:
         why = "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         dist.heartbeat.stop(why)
         if dist.world > 1:
-            if error is None:
-                dist.barrier()  # a rank that leaves early may take the store with it
-            torch_dist.destroy_process_group()
+            try:
+                if error is None:
+                    dist.barrier()  # a rank that leaves early may take the store with it
+            finally:
+                torch_dist.destroy_process_group()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -93,6 +93,8 @@ def fit(
     if saved is not None:
         states.load(saved, tensors)
     start = saved.step if saved else 0
+    if start:
+        log.info(f"{task.name}: continues after step {start} of {len(plan)}")
     if start < len(plan):  # else later fits of this stage may have logged already
         log.truncate(stage, first_step + start)
     # Forward and the gradient of the activations take 4 of 6 operations a parameter, that of the parameter itself 2.

@@ -119,13 +119,13 @@ class Heartbeat:
             if rank == self.rank:
                 records.append(self._record())
                 continue
-            text, key = "", f"heartbeat/{rank}"
+            known, since = self._heard.get(rank, ("", 0.0))
+            text, key = known, f"heartbeat/{rank}"
             if store is not None:
                 try:
                     text = store.get(key).decode() if store.check([key]) else ""
-                except torch_dist.DistError:
+                except torch_dist.DistError:  # slow or gone: what is known stays
                     store = None
-            known, since = self._heard.get(rank, ("", 0.0))
             if text != known:
                 since = time.monotonic()
                 self._heard[rank] = text, since
@@ -135,10 +135,11 @@ class Heartbeat:
 
     def _first(self, name: str) -> bool:
         """Is this the first rank to ask? Of several that notice the same, one speaks."""
-        if self.store is None:
+        store = self.store
+        if store is None:
             return True
         try:
-            return self.store.add(f"heartbeat/{name}", 1) == 1
+            return store.add(f"heartbeat/{name}", 1) == 1
         except torch_dist.DistError:
             return True
 

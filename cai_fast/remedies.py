@@ -73,8 +73,9 @@ def _kinds(planner: Planner) -> Iterator[Iterator[Changes]]:
     yield ({"revise": {"chunk": chunk // n}} for n in (2, 4, 8) if held and chunk // n >= LEAST_ROWS)
     yield ({"engine": {"max_batch": rows // n}} for n in (2, 4, 8) if rows // n >= LEAST_ROWS)
     yield ({"rl": {"critic": "detached"}} for _ in range("rl" in tight and config.rl.critic != "detached"))
-    lora = trained and not config.lora.rank and not config.pm.init
-    yield ({"lora": {"rank": LORA_RANK}} for _ in range(bool(lora)))
+    lora = trained and not config.lora.rank and not config.pm.init and config.parallel.shard is not True
+    whole = {"parallel": {"recompute": "none"}} if config.parallel.recompute == "selective" else {}
+    yield ({"lora": {"rank": LORA_RANK}} | whole for _ in range(bool(lora)))
 
 
 def _halves(tokens: int) -> Iterator[int]:

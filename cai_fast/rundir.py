@@ -5,6 +5,7 @@ read), outputs (bytes and sha256 per file), summary, times. It is replaced atomi
 are on disk, so it is true at every instant. With several ranks, rank 0 alone writes.
 """
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -67,7 +68,11 @@ def _hash_json(value: Any) -> str:
 
 def folder_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of all files below a folder; 0 where there is none."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    total = 0
+    for file in Path(path).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # gone since
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def require_free(path: str | os.PathLike[str], size: int) -> None:

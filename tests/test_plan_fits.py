@@ -205,6 +205,8 @@ def test_the_machine_is_the_one_here_or_the_one_named(monkeypatch: pytest.Monkey
     assert capacity.machine(HardwareConfig(), "cpu") == capacity.Machine("cpu", 1, total)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert capacity.machine(HardwareConfig(), "cpu") == capacity.Machine("cpu", 2, total), "one of two nodes"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert capacity.machine(HardwareConfig(), "cpu") == capacity.Machine("cpu", 2, total // 2)
     assert capacity.machine(HardwareConfig(gpu="B200"), "auto") == capacity.Machine("cuda", 2, 178 * GIB, "B200")
     assert capacity.machine(HardwareConfig(gpu="B200", count=4), "auto").count == 4

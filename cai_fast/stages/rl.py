@@ -66,6 +66,7 @@ class Loop:
         )  # fmt: skip
         if state is not None:
             self.extra = self.ppo.restore(states, state)
+            ctx.log.info(f"rl: continues after iteration {self.start} of {self.cfg.steps}")
         ctx.log.truncate("rl", self.start)
         self.provenance = pipeline.provenance(
             ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
