@@ -123,32 +123,6 @@ def test_the_rows_of_a_batch_do_not_depend_on_their_number(dtype: torch.dtype) -
         assert torch.equal(layer(x[:rows]), whole[:rows]) and torch.equal(layer(x[-rows:]), whole[-rows:])
 
 
-def test_off_is_the_base_and_on_again_whatever_happens() -> None:
-    model = adapted()
-    on, plain = states(model), states(tiny_model())
-    assert not torch.allclose(on, plain, atol=1e-2)
-    with pytest.raises(RuntimeError, match="oh"), lora.adapters_off(model):
-        assert torch.equal(states(model), plain)
-        with lora.adapters_off(model):
-            pass
-        assert torch.equal(states(model), plain)
-        raise RuntimeError("oh")
-    assert torch.equal(states(model), on)
-
-
-def test_a_reference_inside_a_training_step_leaves_the_gradient_alone() -> None:
-    def gradient(with_reference: bool) -> list[Tensor]:
-        model = adapted()
-        hidden = states(model)
-        if with_reference:
-            with torch.no_grad(), lora.adapters_off(model):
-                states(model)
-        hidden.square().sum().backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
-
-    assert all(map(torch.equal, gradient(False), gradient(True)))
-
-
 @pytest.mark.parametrize("head", ["lm", "score"])
 def test_merged_weights_compute_the_same(head: str, tmp_path: Path) -> None:
     model = adapted(model=tiny_model(head=head))

@@ -8,8 +8,7 @@ peft's: adapter_config.json and adapter_model.safetensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ class LoraLinear(Linear):
         kind = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = Linear(base.in_features, rank, bias=False, **kind)
         self.lora_B = Linear(rank, base.out_features, bias=False, **kind)
-        self.rank, self.alpha, self.enabled = rank, alpha, True
+        self.rank, self.alpha = rank, alpha
 
     @property
     def scale(self) -> float:
@@ -67,7 +66,7 @@ class LoraLinear(Linear):
         """x [T, in] -> [T, out]."""
         out = super().forward(x)
         # Not torch.add(out, low, alpha=scale): in bf16 a CPU rounds its vectors and their remainder differently.
-        return out + self.lora_B(self.lora_A(x) * self.scale) if self.enabled else out
+        return out + self.lora_B(self.lora_A(x) * self.scale)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -109,22 +108,6 @@ def reset(model: Model, seed: int) -> None:
     """Let the adapters do nothing, each drawn anew by (seed, its layer's name)."""
     for name, layer in adapters(model).items():
         layer.reset(rng.key(seed, "lora", name))
-
-
-@contextmanager
-def adapters_off(model: Model) -> Iterator[None]:
-    """The model without its adapters, as the reference of its own training.
-
-    For forward passes of `model` only: an engine's prefix handles, cached keys and graphs are those of the adapters.
-    """
-    before = [(layer, layer.enabled) for layer in adapters(model).values()]
-    try:
-        for layer, _ in before:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
 
 
 def merge(model: Model, device: str | torch.device | None = None) -> Model:
