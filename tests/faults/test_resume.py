@@ -7,12 +7,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from bench import kill_campaign
 from bench.forks import Fault, Forks, Run
+from cai_fast.checkpoint import Checkpoints, TrainState
+from cai_fast.distributed import Distributed
+from cai_fast.stages.rl import Loop
 
 STAGES = ("revise", "sft", "compare", "label", "pm", "rl")
 APPEND, STEP = "cai_fast.records:Journal.append", "cai_fast.optim:Optimizer.step"
@@ -115,6 +120,19 @@ def test_a_guard_never_falls_back_to_a_policy_that_a_stop_saved_unjudged(
     assert kill_campaign.differences(tmp_path / "stopped", tmp_path / "whole") == []
     summary = json.loads((tmp_path / "whole" / "manifest.json").read_text())["stages"]["rl"]["summary"]
     assert "max_kl" in summary["guard"] and summary["iterations"] == 0
+
+
+def test_an_unjudged_state_goes_when_a_judged_one_is_complete(tmp_path: Path) -> None:
+    alone, unjudged = Distributed(0, 1, torch.device("cpu")), tmp_path / "rl_unjudged.state"
+    (unjudged / "step_3").mkdir(parents=True)
+    with Checkpoints(tmp_path / "rl.state", alone) as states:
+        states.save(TrainState(4, tensors={"weight": torch.ones(3)}))
+        loop = SimpleNamespace(
+            states=states, unjudged=SimpleNamespace(folder=unjudged), ctx=SimpleNamespace(dist=alone)
+        )
+        for _ in range(2):  # also where there is none
+            Loop.drop_unjudged(loop)
+        assert not unjudged.exists() and (tmp_path / "rl.state" / "step_4" / "manifest.json").is_file()
 
 
 def test_differences_are_seen(undisturbed: Undisturbed, tmp_path: Path) -> None:
