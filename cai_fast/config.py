@@ -94,6 +94,10 @@ class Config:
         path = self.pm.init if name == "pm_init" else getattr(self.model, name)
         return path or self.model.base
 
+    def shards(self, ranks: int) -> bool:
+        """Whether what is trained is sharded over so many ranks; adapters are replicated."""
+        return ranks > 1 and not self.lora.rank and bool(self.parallel.shard)
+
     def to_toml(self) -> str:
         """The whole configuration as a file that --config accepts; `restart_from` is a request, not a setting."""
         lines = [f"{key} = {_toml(getattr(self, key))}" for key in ("seed", "run_dir", "stages", "preset")]

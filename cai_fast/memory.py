@@ -110,7 +110,7 @@ class Layout:
         self.config, self.machine, self.cuda = config, machine, machine.kind == "cuda"
         self.width = pipeline.weight_type(config, machine.kind).itemsize
         self.rank = config.lora.rank
-        self.sharded = machine.count > 1 and not self.rank and bool(config.parallel.shard)
+        self.sharded = config.shards(machine.count)
 
     def shape(self, role: str) -> Shape:
         """Of the model in a role."""

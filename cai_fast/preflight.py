@@ -21,7 +21,6 @@ def check(config: Config, here: bool = False) -> list[str]:
     if here and config.hardware != HardwareConfig():
         raise InputError("hardware.gpu and hardware.count are for --check and --plan: leave them out of a run.")
     lines = [_check_constitution(config)]
-    _check_moments(config)
     if {"revise", "rl"} & set(config.stages):
         lines += [_check_prompts(config, kind) for kind in ("red_team", "helpful")]
     if "compare" in config.stages and config.data.preferences not in ("", TOY):
@@ -37,6 +36,7 @@ def check(config: Config, here: bool = False) -> list[str]:
         lines.append(f"hhh           {len(readers.read_hhh(config.evaluate.hhh))} questions")
     lines += check_models(config)
     planner = Planner(config)
+    _check_moments(planner)
     _check_pages(planner)
     if set(config.stages) - {"report"}:
         lines.append(plan.check_memory(planner))
@@ -45,8 +45,16 @@ def check(config: Config, here: bool = False) -> list[str]:
     return lines
 
 
-def _check_moments(config: Config) -> None:
-    if config.model.moments != "float32" and weight_width(config) == 4 and {"sft", "pm", "rl"} & set(config.stages):
+def _check_moments(planner: Planner) -> None:
+    config = planner.config
+    if config.model.moments == "float32" or not {"sft", "pm", "rl"} & set(config.stages):
+        return
+    if config.shards(planner.machine.count):
+        raise InputError(
+            f"model.moments = {config.model.moments} is for bfloat16 weights, but sharded ones are float32. Leave it "
+            "out, or set parallel.shard = false."
+        )
+    if weight_width(config) == 4:
         raise InputError(
             f"model.moments = {config.model.moments} is for bfloat16 weights, but they are float32 here (model.dtype = "
             f"{config.model.dtype}; auto is float32 on a CPU). Leave model.moments out, or set model.dtype = bfloat16."

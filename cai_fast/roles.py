@@ -69,8 +69,7 @@ def replica(ctx: Context, model: Model) -> parallel.Replica | None:
 
 def _sharding(ctx: Context, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `model.load` that shard a model, kept in `dtype`; none if models are not sharded in this run."""
-    wanted = ctx.config.parallel.shard
-    if ctx.dist.world == 1 or (ctx.config.lora.rank > 0 if wanted == "auto" else not wanted):
+    if not ctx.config.shards(ctx.dist.world):
         return {}
     return {"dtype": dtype, "prepare": lambda model: parallel.shard(model, ctx.dist, ctx.dtype)}
 

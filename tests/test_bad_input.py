@@ -273,10 +273,13 @@ def test_a_second_process_on_the_same_run_folder(inputs: Path, tmp_path: Path, c
     assert textworld.contents(tmp_path / "run") == before
 
 
-def test_bf16_moments_are_for_stages_that_train(inputs: Path, tmp_path: Path) -> None:
+def test_bf16_moments_are_for_stages_that_train(inputs: Path, tmp_path: Path, capfd: Any) -> None:
     words = textworld.arguments(inputs, tmp_path / "run", model__moments="bfloat16")
     assert textworld.main([*words, "--check", "--stages", "revise,compare"]) == 0
     assert textworld.main([*words, "--check", "--model.dtype", "bfloat16"]) == 0
+    several = [*words, "--check", "--model.dtype", "bfloat16", "--hardware.count", "2"]
+    refused(several, capfd, "model.moments = bfloat16", "sharded ones are float32", "parallel.shard = false")
+    assert textworld.main([*several, "--parallel.shard", "false"]) == 0
 
 
 def test_a_model_that_cannot_fit_is_refused_before_any_work(
