@@ -22,7 +22,7 @@ from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
-from cai_fast.rundir import RunDir, hash_file, hash_model
+from cai_fast.rundir import SNAPSHOT, RunDir, hash_file, hash_model
 from cai_fast.runlog import Progress, RunLog
 from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -71,13 +71,14 @@ class Context:
 
     def folder(self, role: str) -> Path:
         """Folder of the model in `role`: base, assistant, judge, pm_init, or the name of a checkpoint of this run."""
-        if role in ("sl_cai", "pm", "pm_eval", "rl_cai"):
+        if role in ("sl_cai", "pm", "pm_eval", "rl_cai") or role.startswith(SNAPSHOT):
             return self._made(role)
         name = self.config.pm.init or self.config.model.base if role == "pm_init" else self.config.role(role)
         return self._made("base") if name == TOY else Path(name)
 
     def _made(self, name: str) -> Path:
-        folder, stage = self.checkpoint(name), {"sl_cai": "sft", "rl_cai": "rl", "pm_eval": "pm"}.get(name, name)
+        folder, made = self.checkpoint(name), {"sl_cai": "sft", "rl_cai": "rl", "pm_eval": "pm"}
+        stage = "rl" if name.startswith(SNAPSHOT) else made.get(name, name)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} not found; run stage {stage} first.")
         return folder

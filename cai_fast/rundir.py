@@ -33,6 +33,7 @@ from cai_fast.records import Journal
 from cai_fast.runlog import truncate_metrics
 
 OWN_FILES = {".lock", "config.toml", "environment.json", "manifest.json", "metrics.jsonl", "journal"}
+SNAPSHOT = "rl_cai_step_"  # checkpoints of policies along RL: iterations follow, in five digits
 REHASH_BELOW = 64 * 2**20  # bytes; larger files are hashed again only when their size or time has changed
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -369,4 +370,16 @@ class RunDir:
             self.path(name).unlink(missing_ok=True)
         for name in later:
             self._remove_progress(name)
+        if "rl" in later:
+            self.drop_snapshots()
         truncate_metrics(self.path("metrics.jsonl"), later)
+
+    def snapshots(self, start: int = 0) -> list[Path]:
+        """Checkpoints of the policies after `start` iterations of RL and later, those half written among them."""
+        found = self.path("checkpoints").glob(SNAPSHOT + "[0-9]*")
+        return sorted(p for p in found if int(re.split("[_.]", p.name)[3]) >= start)
+
+    def drop_snapshots(self, start: int = 0) -> None:
+        """Delete them. Rank 0 only."""
+        for folder in self.snapshots(start):
+            shutil.rmtree(folder)
