@@ -32,7 +32,8 @@ from cai_fast.inputs import kind, read_json
 from cai_fast.records import Journal
 from cai_fast.runlog import truncate_metrics
 
-OWN_FILES = {".lock", "config.toml", "environment.json", "manifest.json", "metrics.jsonl", "journal"}
+CONSTITUTIONS = "constitutions"  # the text of every constitution that rows refer to, by its hash
+OWN_FILES = {".lock", "config.toml", "environment.json", "manifest.json", "metrics.jsonl", "journal", CONSTITUTIONS}
 REHASH_BELOW = 64 * 2**20  # bytes; larger files are hashed again only when their size or time has changed
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -51,6 +52,12 @@ def _hash(path: Path) -> str:
     """Content hash; a large file that this process has hashed is read again only if its size or time changed."""
     stat = path.stat()
     return hash_file(path) if stat.st_size < REHASH_BELOW else _hash_unchanged(path, stat.st_size, stat.st_mtime_ns)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the manifest knows of a file."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "sha256": _hash(path), "mtime_ns": stat.st_mtime_ns}
 
 
 def hash_model(folder: str | os.PathLike[str]) -> str:
@@ -255,6 +262,25 @@ class RunDir:
     def path(self, *parts: str) -> Path:
         return self.root.joinpath(*parts)
 
+    def keep(self, name: str, value: Any) -> None:
+        """Write a JSON file that no stage makes, if it is not there: its name tells its content. Rank 0 only."""
+        path = self.path(name)
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+    def rewrite(self, name: str, text: str) -> None:
+        """Replace a file that a finished stage wrote, and what the manifest knows of it, while nobody else has the
+        folder; a file of no stage is just written. Rank 0 only."""
+        self._take_lock()
+        try:
+            write_atomic(self.path(name), text)
+            for stage, record in self._manifest()["stages"].items():
+                if name in record.get("outputs", {}):
+                    self._update(stage, record | {"outputs": record["outputs"] | {name: _facts(self.path(name))}})
+        finally:
+            self.close()
+
     def journal(self, name: str, rank: int) -> Journal:
         """Opens this rank's journal of finished rows. `name`: the stage, or stage-part ("revise-helpful")."""
         return Journal(self.path("journal", f"{name}.{rank}.jsonl"))
@@ -337,10 +363,7 @@ class RunDir:
         for path in (file for name in outputs for file in _files(self.path(name))):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # whoever wrote it may not have
-            stat = path.stat()
-            facts[path.relative_to(self.root).as_posix()] = {
-                "bytes": stat.st_size, "sha256": _hash(path), "mtime_ns": stat.st_mtime_ns,
-            }  # fmt: skip
+            facts[path.relative_to(self.root).as_posix()] = _facts(path)
         for folder in {self.path(name).parent for name in facts}:
             fsync_dir(folder)
         now = {"status": "finished", "finished": round(time.time(), 3)}
