@@ -19,10 +19,12 @@ from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
 from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
+from cai_fast.files import hash_file
+from cai_fast.hashing import hash_model
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
-from cai_fast.rundir import SNAPSHOT, RunDir, hash_file, hash_model
+from cai_fast.rundir import CONSTITUTIONS, SNAPSHOT, RunDir
 from cai_fast.runlog import Progress, RunLog
 from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -217,13 +219,16 @@ class Context:
 
 
 def open_context(config: Config, run: RunDir, log: RunLog, dist: Distributed) -> Context:
-    """The context of a run whose folder is open."""
-    return Context(config, run, log, dist, load_constitution(config.data.constitution))
+    """The context of a run whose folder is open; the text of its constitution is kept there for rows to refer to."""
+    constitution = load_constitution(config.data.constitution)
+    dist.on_main(lambda: run.keep(f"{CONSTITUTIONS}/{constitution.hash}.json", constitution.to_json()))
+    return Context(config, run, log, dist, constitution)
 
 
 def provenance(ctx: Context, role: str, renderer: Renderer, spec: Sampling | None, **more: Any) -> dict[str, Any]:
     """Where a generated row comes from; `more` adds keys, parents and few-shot ids."""
     row: dict[str, Any] = {
+        "role": role,
         "model": ctx.model_hash(role),
         "constitution": ctx.constitution.hash,
         "template": renderer.hash,
@@ -368,13 +373,6 @@ def check(config: Config, here: bool = False) -> list[str]:
     from cai_fast import preflight
 
     return preflight.check(config, here)
-
-
-def plan(config: Config) -> list[str]:
-    """What every stage would hold, write and compute: lines to print."""
-    from cai_fast.plan import plan_lines
-
-    return plan_lines(config)
 
 
 def data_file_hash(spec: str) -> str:
