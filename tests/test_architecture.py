@@ -51,6 +51,8 @@ GROUPS = [
     {
         "pipeline",
         "sharing",
+        "comparisons",
+        "dpo",
         "model_card",
         "roles",
         "workload",
