@@ -41,6 +41,7 @@ GROUPS = [
         "distributed",
         "runlog",
         "rundir",
+        "runfiles",
         "checkpoint",
     },
     {"model"},
@@ -68,7 +69,7 @@ GROUPS = [
         "elo",
     },
     {"stages"},
-    {"train"},
+    {"train", "explain", "chat"},
 ]
 TORCH_FREE = GROUPS[1]
 CHECKER_USERS = {"cai_fast.toy.helpfulness", "cai_fast.stages.evaluate"}
