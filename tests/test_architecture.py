@@ -64,6 +64,7 @@ GROUPS = [
         "chains",
         "judging",
         "measure",
+        "replay",
         "hhh",
         "sampler",
         "elo",
