@@ -41,6 +41,7 @@ GROUPS = [
         "distributed",
         "runlog",
         "rundir",
+        "runfiles",
         "checkpoint",
         "hashing",
     },
@@ -66,12 +67,13 @@ GROUPS = [
         "chains",
         "judging",
         "measure",
+        "replay",
         "hhh",
         "sampler",
         "elo",
     },
     {"stages"},
-    {"train"},
+    {"train", "explain", "chat"},
 ]
 TORCH_FREE = GROUPS[1]
 CHECKER_USERS = {"cai_fast.toy.helpfulness", "cai_fast.stages.evaluate"}
