@@ -294,15 +294,64 @@ class RlConfig(Section):
         source="B 4.1: raw score",
     )
     missing_eos_penalty: float = opt(0.0, "subtracted from the reward of an answer that never stops", lo=0.0)
-    max_kl: float = opt(100.0, "guard: stop above this KL to SL-CAI in nats per answer; 0: off", lo=0.0, source="B 4.1")
-    max_refusal_rate: float = opt(0.9, "guard: stop above this share of refusals; 1: off", lo=0.0, hi=1.0)
-    min_entropy: float = opt(0.0, "guard: stop below this entropy in nats per token; 0: off", lo=0.0)
     micro_tokens: int = opt(16384, "tokens per forward pass", lo=16, work=True)
     save_every: int = opt(50, "iterations between checkpoints; 0: only at the end", lo=0, work=True)
     snapshot_every: int = opt(
         0, "iterations between exports of the policy so far, as checkpoints/rl_cai_step_00010; 0: none", lo=0,
         source="P Fig. 8",
     )  # fmt: skip
+
+
+ACTIONS = ("off", "warn", "stop", "rollback")
+
+
+@dataclass(frozen=True)
+class GuardsConfig(Section):
+    """Signs of reward hacking in stage rl, judged at every iteration before its answers are trained on."""
+
+    section: ClassVar[str] = "guards"
+    # Rollback where the policy is lost; a warning where a healthy run may also get, or where one iteration may err.
+    kl: str = opt(
+        "rollback",
+        "guard of KL to SL-CAI. All guards: warn says so once; stop ends training and exports the newest policy saved; "
+        "rollback exports of those saved while no guard tripped the best, by pm_eval if it is measured, else by reward",
+        choices=ACTIONS,
+    )
+    max_kl: float = opt(100.0, "nats per answer", lo=0.0, source="B 4.1")
+    kl_jump: str = opt("warn", "guard of a sudden rise of KL", choices=ACTIONS)
+    max_kl_jump: float = opt(
+        5.0, "times the median KL of the 10 iterations before, which counts as at least 0.2 nats per answer", lo=1.0
+    )
+    refusals: str = opt("rollback", "guard of refusals, of red-team and of helpful prompts", choices=ACTIONS)
+    max_refusal_rate: float = opt(0.9, "share of the answers to either kind", lo=0.0, hi=1.0, source="P 4.4")
+    entropy: str = opt("warn", "guard of a policy that says always the same", choices=ACTIONS)
+    min_entropy: float = opt(0.0, "nats per token", lo=0.0)
+    min_entropy_share: float = opt(0.2, "times the entropy of SL-CAI", lo=0.0, hi=1.0)
+    divergence: str = opt(
+        "warn", "guard of a preference model that is optimised beyond what pm_eval agrees to", choices=ACTIONS,
+        source="B 4.2",
+    )  # fmt: skip
+    max_divergence: float = opt(
+        0.5, "gain of pm minus gain of pm_eval since the start, each in deviations of its scores of SL-CAI's answers",
+        lo=0.0,
+    )  # fmt: skip
+    pm_eval_every: int = opt(
+        1, "iterations between scores by pm_eval, which is then held in memory; states that are saved always get one; "
+        "0: never", lo=0,
+    )  # fmt: skip
+    length: str = opt("warn", "guard of answers that grow or shrink", choices=ACTIONS)
+    max_length_change: float = opt(2.0, "times longer or shorter than SL-CAI's answers", lo=1.0)
+    boilerplate: str = opt(
+        "warn", "guard of phrases that are appended to most answers", choices=ACTIONS, source="P 4.3"
+    )
+    max_boilerplate_rise: float = opt(
+        0.1, "rise since the start of the share of tokens in phrases of five tokens that answers to a fifth of the "
+        "prompts share", lo=0.0, hi=1.0,
+    )  # fmt: skip
+    logprob_gap: str = opt("warn", "guard of log-probabilities on which engine and trainer disagree", choices=ACTIONS)
+    max_logprob_gap: float | str = opt(
+        "auto", "nats per token, mean size; auto: 0.001 with float32, 0.05 with bfloat16", lo=0.0, choices=("auto",)
+    )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ GROUPS = [
     },
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "parallel", "fit", "ppo", "elo", "prefixes", "scorer"},
+    {"batching", "guards", "losses", "optim", "parallel", "fit", "ppo", "elo", "prefixes", "scorer"},
     {"toy", "report"},
     {
         "pipeline",
@@ -65,6 +65,7 @@ GROUPS = [
         "measure",
         "hhh",
         "sampler",
+        "rl_states",
         "elo",
     },
     {"stages"},
