@@ -20,8 +20,9 @@ _KINDS = {  # name -> (stage that makes it, model that it starts from, what it i
     "sl_cai": ("sft", "base", "SL-CAI: the base model fine-tuned on AI revisions of its answers", "sft/loss"),
     "pm": ("pm", "pm_init", "The preference model that RL-CAI is trained against", "pm/loss"),
     "pm_eval": ("pm", "pm_init", "A preference model for evaluation, trained on other data", "pm_eval/loss"),
-    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by PPO against the preference model", "rl/reward"),
+    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by {} against the preference model", "rl/reward"),
 }
+_DPO = "RL-CAI: SL-CAI fitted by DPO to the comparisons that the preference model was trained on", "rl/loss"
 _DATA = """Red-team prompts ask for harmful things and are offensive; first answers to them may comply. Critiques,
 revisions, answers and harmlessness labels were written by language models, not by people, under the constitution below.
 Helpfulness comparisons are those that the run was given."""
@@ -115,6 +116,9 @@ def _card(
     ctx: Context, name: str, renderer: Renderer, results: dict[str, Any], licence: dict[str, str], notice: str
 ) -> str:
     stage, _, title, metric = _KINDS[name]
+    if stage == "rl":
+        algorithm = ctx.config.rl.algorithm
+        title, metric = _DPO if algorithm == "dpo" else (title.format(algorithm.upper()), metric)
     record, source = ctx.run.record(stage) or {}, _source(ctx, name)
     origin = _origin(ctx, name, licence)
     base = {} if source == TOY else {"base_model": source_name(Path(source))}
