@@ -325,6 +325,10 @@ class RlConfig(Section):
     min_entropy: float = opt(0.0, "guard: stop below this entropy in nats per token; 0: off", lo=0.0)
     micro_tokens: int = opt(16384, "tokens per forward pass", lo=16, work=True)
     save_every: int = opt(50, "iterations (dpo: steps) between checkpoints; 0: only at the end", lo=0, work=True)
+    snapshot_every: int = opt(
+        0, "iterations between exports of the policy so far, as checkpoints/rl_cai_step_00010; 0: none", lo=0,
+        source="P Fig. 8",
+    )  # fmt: skip
     dpo_beta: float = opt(
         0.1, "dpo: a difference of log-ratios to SL-CAI times this is the logit of the label", lo=0.0,
         source="arXiv 2305.18290",

@@ -42,6 +42,7 @@ GROUPS = [
         "runlog",
         "rundir",
         "checkpoint",
+        "hashing",
     },
     {"model"},
     {"engine"},

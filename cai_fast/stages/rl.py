@@ -28,6 +28,7 @@ from cai_fast.optim import schedule
 from cai_fast.pipeline import Context
 from cai_fast.policy_gradient import Critic, PolicyGradient, Rollouts
 from cai_fast.records import Journal, Rollout, content_id
+from cai_fast.rundir import SNAPSHOT
 from cai_fast.runlog import Mean
 from cai_fast.sampler import KINDS, Answers, Sampler
 
@@ -87,7 +88,7 @@ class Loop:
     def run(self) -> str:
         """All iterations; returns why a guard stopped them, or nothing. Collective."""
         cfg, ctx = self.cfg, self.ctx
-        ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
+        ctx.dist.on_main(lambda: (drop_rows(ctx, self.start), ctx.run.drop_snapshots(self.start)))
         ctx.work(1.0)  # forget the answers for the standardisation: they are no iteration's
         path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
         with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
@@ -111,6 +112,7 @@ class Loop:
                 reason = self.guard(values)
                 if not reason:
                     self.save(step, journal)
+                    self.snapshot(step, values)
                     if step < cfg.steps:
                         values["perf/rollout_s"] = time.monotonic() - began
                         values |= self.update(step, answers, rollouts, rewards)
@@ -203,6 +205,16 @@ class Loop:
         journal.sync()
         self.ppo.save(states, step, self.extra)
 
+    def snapshot(self, step: int, values: dict[str, float]) -> None:
+        """Export the policy where that is due; one that has passed the guards. Collective.
+
+        Those after the newest state are written again when the stage continues, like its answers.
+        """
+        every = self.cfg.snapshot_every
+        if every and step and step % every == 0:
+            about = {"iterations": step} | {name.partition("/")[2]: value for name, value in values.items()}
+            roles.export(self.ctx, self.policy, f"{SNAPSHOT}{step:05}", self.renderer.tokenizer, about)
+
     def drop_unjudged(self) -> None:
         """Give back the disk of a state that newer ones which have been judged make useless. Collective."""
         folder = self.unjudged.folder
@@ -241,7 +253,7 @@ def inputs(ctx: Context) -> dict[str, Any]:
 
 
 def run(ctx: Context) -> None:
-    """Write rollouts.jsonl and checkpoints/rl_cai."""
+    """Write rollouts.jsonl, checkpoints/rl_cai and the snapshots that were asked for."""
     if ctx.config.rl.algorithm == "dpo":
         policy, results = dpo.train(ctx)
         return finish(ctx, policy, results)
@@ -268,7 +280,7 @@ def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
     } | results
     roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
     ctx.log.info(f"rl: {summary}")
-    ctx.run.finish("rl", list(OUTPUTS), summary)
+    ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 
 
 def journals(ctx: Context) -> list[Path]:
