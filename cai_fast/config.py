@@ -24,6 +24,7 @@ from cai_fast.config_sections import (
     EvaluateConfig,
     HardwareConfig,
     LabelConfig,
+    LogConfig,
     LoraConfig,
     ModelConfig,
     ParallelConfig,
@@ -77,6 +78,7 @@ class Config:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
     hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
     base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     revise: ReviseConfig = dataclasses.field(default_factory=ReviseConfig)

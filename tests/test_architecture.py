@@ -39,6 +39,7 @@ GROUPS = [
         "tokenizer",
         "heartbeat",
         "distributed",
+        "sinks",
         "runlog",
         "rundir",
         "checkpoint",

@@ -21,6 +21,7 @@ LINKS = {"loop": "Loop", "results": "Results", "curves": "Curves", "guards": "Gu
 def build(folder: Path, samples: int) -> str:
     """The page for the run in `folder`, with up to `samples` rows of each file to browse."""
     manifest = _json(folder / "manifest.json", {"stages": {}})
+    manifest["stages"].pop("report", None)  # it is at work, or about to be done again
     text = _text(folder / "config.toml")
     config = parse_toml(text.encode(), folder / "config.toml")
     charts: list[dict[str, Any]] = []  # the templates hold their places in this list

@@ -75,8 +75,8 @@ def duration(seconds: float) -> str:
 
 
 def date(manifest: Json) -> str:
-    """When the last stage but this one finished, in UTC."""
-    ends = [r["finished"] for name, r in manifest["stages"].items() if name != "report" and "finished" in r]
+    """When the last stage finished, in UTC."""
+    ends = [r["finished"] for r in manifest["stages"].values() if "finished" in r]
     return f"{datetime.datetime.fromtimestamp(max(ends), datetime.UTC):%Y-%m-%d %H:%M} UTC" if ends else ""
 
 
@@ -102,10 +102,10 @@ def loop(manifest: Json) -> list[dict[str, Any]]:
             summary = record.get("summary", {})
             about, reads, writes = ABOUT[name]
             others = {} if name == "evaluate" else {k: v for k, v in summary.items() if k != "principles"}
-            seconds = record.get("seconds") or 0.0
+            seconds, unknown = record.get("seconds") or 0.0, "this page" if name == "report" else "not run"
             stages.append({
                 "name": name, "about": about, "reads": reads, "writes": writes, "number": STAGES.index(name) + 1,
-                "status": record.get("status", "not run"), "starts": record.get("starts", 0),
+                "status": record.get("status", unknown), "starts": record.get("starts", 0),
                 "time": duration(seconds) if seconds else "", "part": 100 * seconds / longest,
                 "counts": counts(summary), "more": numbers(others),
             })  # fmt: skip
