@@ -135,7 +135,7 @@ class WeightsAndBiases:
             )  # fmt: skip
         except wandb.errors.Error as error:
             raise InputError(
-                f"log.wandb = {project}: {error}; leave log.wandb out, or set WANDB_MODE=offline."
+                f"log.wandb = {project}: {str(error).rstrip('.')}; leave log.wandb out, or set WANDB_MODE=offline."
             ) from error
         self.axes: set[str] = set()
         self.known = self.run.step  # rows that W&B has, at first those of earlier processes

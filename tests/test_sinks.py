@@ -172,6 +172,9 @@ def test_a_resumed_run_goes_on_in_wandb_without_doubles(tmp_path: Path, wandb: F
     log = opened(tmp_path, *TO_WANDB)
     for step in range(5):
         log.metrics("rl", step, {"rl/kl": float(step)})
+    log.truncate("rl", 3)  # in the same process
+    for step in (3, 4):
+        log.metrics("rl", step, {"rl/kl": float(step)})
     log = opened(tmp_path, *TO_WANDB)  # after a kill
     log.truncate("rl", 2)
     for step in range(2, 8):
