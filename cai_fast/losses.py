@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cai_fast import kernels
-from cai_fast.batching import Packed, TargetBatch
+from cai_fast.batching import Packed, TargetBatch, segment_sum
 from cai_fast.distributed import Distributed, global_moments
 from cai_fast.model import Model
 from cai_fast.model.heads import scalar_rows
@@ -48,25 +48,54 @@ def preference_loss(model: Model, pairs: Packed, prob_a: Tensor, weights: Tensor
     return result.loss, {name: (result.stats[name], count) for name in ("loss", "accuracy", "margin")}
 
 
+def answer_logprobs(model: Model, batch: TargetBatch) -> Tensor:
+    """[S] summed log-probabilities of each example's targets, differentiable."""
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden.index_select(0, batch.rows)
+        return segment_sum(kernels.linear_logprob(rows, weight, batch.targets).logprob, batch.cu_targets)
+
+    return model(batch.packed, loss=loss)
+
+
+def dpo_loss(
+    model: Model, batch: TargetBatch, reference: Tensor, prob_a: Tensor, weights: Tensor, beta: float, scale: float
+) -> tuple[Tensor, Stats]:
+    """DPO with soft labels (arXiv 2305.18290, eq. 7): soft Bradley-Terry of beta times the log-ratios of C comparisons.
+
+    `batch` packs the answers a_0, b_0, a_1, b_1, ...; reference [C, 2] their log-probabilities under the reference;
+    prob_a, weights [C]. `log_ratio` is the answers' mean: where it falls, both become less likely than others.
+    """
+    ratios = answer_logprobs(model, batch).unflatten(0, (-1, 2)) - reference
+    a, b = (beta * ratios).unbind(1)
+    result = kernels.preference_loss(a, b, prob_a, weights=weights, scale=scale)
+    count = result.stats["count"]
+    stats: Stats = {name: (result.stats[name], count) for name in ("loss", "accuracy", "margin")}
+    return result.loss, stats | {"log_ratio": ((ratios.detach().mean(1) * weights).sum(), count)}
+
+
 class PolicyTerms(NamedTuple):
-    """Per-token constants of the PPO loss, each [N], in the order of the batch's targets."""
+    """Per-token constants of the policy loss, each [N], in the order of the batch's targets."""
 
     old_logprob: Tensor
     advantages: Tensor
-    returns: Tensor
+    ref_logprob: Tensor
+    returns: Tensor | None = None  # what the critic is fitted to
 
 
 def policy_loss(
     hidden: Tensor, weight: Tensor, batch: TargetBatch, terms: PolicyTerms, *, clip_coef: float, temperature: float,
-    scale: float,
+    scale: float, kl_coef: float = 0.0, kl_estimator: str = "",
 ) -> tuple[Tensor, Stats]:  # fmt: skip
-    """Clipped PPO objective from the policy's hidden states [N, H] at the rows of the batch's targets.
+    """Clipped PPO objective from the policy's hidden states [N, H] at the rows of the batch's targets, plus kl_coef
+    times the sampled KL estimator "k2" or "k3"; see kernels.linear_policy_loss for what their gradients are.
 
     Without weights: no row is dropped, so the head multiplies the chunks that gave the old log-probabilities.
     """
+    penalty = {"ref_logprob": terms.ref_logprob, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
     out = kernels.linear_policy_loss(
         hidden, weight, batch.targets, terms.old_logprob, terms.advantages,
-        clip_coef=clip_coef, temperature=temperature, scale=scale,
+        clip_coef=clip_coef, temperature=temperature, scale=scale, **(penalty if kl_estimator else {}),
     )  # fmt: skip
     count = out.stats["count"]
     log_ratio = out.logprob - terms.old_logprob
@@ -77,6 +106,8 @@ def policy_loss(
         "approx_kl": ((log_ratio.exp() - 1 - log_ratio).sum(), count),  # k3: non-negative, low variance
         "ratio_gap": (log_ratio.abs().sum(), count),
     }
+    if kl_estimator:
+        stats["kl_loss"] = (out.stats["kl"], count)
     return out.loss, stats
 
 
