@@ -20,7 +20,7 @@ def value(mean: float, n: int = 40) -> dict[str, Any]:
 def _stage(summary: dict[str, Any], seconds: float) -> dict[str, Any]:
     outputs = {"file.jsonl": {"bytes": 1234, "sha256": "ab" * 32, "mtime_ns": 1}}
     return {"status": "finished", "starts": 1, "started": 1e9, "finished": 1e9 + seconds, "seconds": seconds,
-            "settings": {}, "inputs": {}, "outputs": outputs, "summary": summary}  # fmt: skip
+            "settings": {}, "inputs": {"constitution": "c0ffee"}, "outputs": outputs, "summary": summary}  # fmt: skip
 
 
 def _bins() -> dict[str, Any]:
@@ -68,9 +68,10 @@ def _texts() -> dict[str, list[dict[str, Any]]]:
         asked = f"how do I open door {k} ?" if k else f"how do I open door 0 ? {HOSTILE}"
         turns = [{"role": "human", "text": "hello"}, {"role": "assistant", "text": "hi"}] if k % 3 == 0 else []
         turns.append({"role": "human", "text": asked})
-        prompts.append({"id": f"p{k}", "kind": kind, "turns": turns, "source": "made up", "split": "train"})
+        prompts.append({"id": f"p{k}", "kind": kind, "turns": turns, "source": "made up", "split": "eval"})
         answers += [{"id": f"a{k}{policy}", "prompt_id": f"p{k}", "policy": policy, "response": f"{HARM} says {policy}",
-                     "provenance": {}} for policy in ("base", "sl_cai", "rl_cai")]  # fmt: skip
+                     "metrics": {"helpful": helpful}, "provenance": {}}
+                    for policy, helpful in (("base", 0.5), ("sl_cai", 0.0), ("rl_cai", 0.5 + k % 2 / 4))]  # fmt: skip
     for k in range(CHAINS):
         reason = ("repetition" if k % 3 else "empty") if k % 5 == 0 else None
         last = f"{GENTLE} {HOSTILE}" if k == 1 else GENTLE
@@ -106,6 +107,10 @@ def write(folder: Path, toy: bool = True) -> Path:
     """The whole folder."""
     folder.mkdir()
     (folder / "config.toml").write_text(config.load([]).to_toml())
+    (folder / "constitutions").mkdir()
+    principle = {"id": "kind", "critique_request": "Is it kind?", "revision_request": "Make it kind.",
+                 "comparison": "Which is kinder?"}  # fmt: skip
+    (folder / "constitutions" / "c0ffee.json").write_text(json.dumps({"principles": [principle]}))
     (folder / "environment.json").write_text('[{"device": "<b>made up</b>"}]')
     (folder / "manifest.json").write_text(json.dumps(manifest()))
     (folder / "evaluation.json").write_text(json.dumps(evaluation(toy)))

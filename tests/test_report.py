@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -163,22 +164,33 @@ def test_counts_add_up_and_name_their_reasons() -> None:
 
 
 def test_the_headline_of_a_toy_run_is_the_truth() -> None:
-    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation())
+    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation(), (0.15, 0.2, 40))
     assert [tile["title"] for tile in tiles] == ["Harm per red-team answer", "Helpfulness on benign prompts",
                                                  "Evasive red-team answers"]  # fmt: skip
     assert [(c["name"], c["mean"], c["interval"]) for c in tiles[0]["cells"]] == [
         ("base", "2.00", "1.95 to 2.05"), ("SL-CAI", "1.50", "1.45 to 1.55"), ("RL-CAI", "0.50", "0.45 to 0.55")
     ]  # fmt: skip
-    assert tiles[1]["note"] == "RL-CAI minus base: +15.0 points"
+    assert tiles[1]["note"] == "RL-CAI minus base: +15.0 points (−5.0 to +35.0; 40 prompts)"
+    assert tiles[0]["note"] == "lower is better"
+
+
+def test_the_change_of_helpfulness_is_paired_by_prompt(folder: Path) -> None:
+    changes = [k % 2 / 4 for k in range(30, 35)]  # the benign prompts
+    mean, half, count = rows.paired(folder, "helpful", "helpful", "base", "rl_cai")
+    assert (mean, count) == (pytest.approx(0.1), 5)
+    variance = sum((c - 0.1) ** 2 for c in changes) / 4
+    assert half == pytest.approx(1.96 * (variance / 5) ** 0.5)
+    assert rows.paired(folder, "unknown", "helpful", "base", "rl_cai")[2] == 0
+    assert rows.paired(folder, "helpful", "red_team", "base", "sl_cai")[:2] == (-0.5, 0.0)
 
 
 def test_the_headline_of_any_other_run_is_judge_refusals_and_kl() -> None:
-    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation(toy=False))
+    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation(toy=False), (math.nan, math.nan, 0))
     assert tiles[0]["cells"] == [
         {"name": "RL-CAI over SL-CAI", "mean": "80.0\u00a0%", "interval": "75.0 to 85.0\u00a0%"}
     ]
     assert [tile["title"] for tile in tiles[1:]] == ["Refusals on benign prompts", "KL to SL-CAI on red-team prompts"]
-    before = facts.headline(reportworld.manifest(), {})
+    before = facts.headline(reportworld.manifest(), {}, (math.nan, math.nan, 0))
     assert [tile["cells"][0]["mean"] for tile in before] == ["24", "12", "75.0\u00a0%"]
 
 
@@ -194,6 +206,7 @@ def test_plots_share_one_scale() -> None:
 def test_a_tripped_guard_and_its_thresholds_are_told(page: str) -> None:
     assert "iteration 7: KL too high" in page and "The policy after 5 iterations was exported." in page
     assert facts.guards(reportworld.manifest())["told"] == {"guard step": "7"}
+    assert not facts.guards({"stages": {"rl": {"summary": {"steps": 9}}}})["watched"]  # DPO
     settings = {"rl": {"max_kl": 2.0, "lr": 1.0}, "guards": {"warn": ["length", "kl"], "stop": []}}
     assert facts.thresholds(settings) == {"rl.max_kl": "2.00", "guards.warn": "length, kl", "guards.stop": "none"}
 
@@ -208,7 +221,7 @@ def test_every_chart_has_its_place(page: str) -> None:
     "config", "manifest",
 ])  # fmt: skip
 def test_a_missing_file_leaves_the_rest(folder: Path, tmp_path: Path, missing: str) -> None:
-    for path in folder.iterdir():
+    for path in folder.glob("*.*"):
         if path.stem != missing:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     page = report.build(tmp_path, 20)
@@ -225,16 +238,10 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert "started, 2 starts" in page and "Stage rl has not finished." in page
 
 
-def test_principles_are_quoted_only_if_they_are_the_runs_own(folder: Path, tmp_path: Path) -> None:
-    config = {"data": {"constitution": "toy"}}
-    wording = report._wording(config, {"stages": {}})
-    assert wording["theft"][2] == "which answer has less theft content ?"
-    other = {"stages": {"revise": {"inputs": {"constitution": "another hash"}}}}
-    assert (
-        report._wording(config, other)
-        == {}
-        == report._wording({"data": {"constitution": str(tmp_path / "gone")}}, {"stages": {}})
-    )
+def test_principles_are_quoted_from_the_run_folder(folder: Path, tmp_path: Path, page: str) -> None:
+    assert data_of(page)["principles"] == {"kind": ["Is it kind?", "Make it kind.", "Which is kinder?"]}
+    assert "Which is kinder?" in page.partition("Principles (1)")[2]
+    assert report._wording(tmp_path, reportworld.manifest()) == {}
 
 
 def test_any_body_can_have_the_shell() -> None:

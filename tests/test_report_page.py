@@ -202,7 +202,7 @@ def test_pointing_at_a_curve_shows_its_values(wide: Any) -> None:
     wide.mouse.move(box["x"] + 46 + (box["width"] - 56) * 3 / 7, box["y"] + 60)
     assert figure.locator("small").inner_text() == "step 3" and figure.locator(".legend b").first.inner_text() == "1.5"
     assert image.get_attribute("aria-valuetext") == "step 3: rl/kl 1.5"
-    gap = curve(wide, "Reward and preference score")
+    gap = curve(wide, "Reward and preference scores")
     gap.locator("svg").focus()
     for _ in range(5):
         wide.keyboard.press("ArrowLeft")
@@ -280,6 +280,7 @@ def test_a_phone_needs_no_sideways_scroll(narrow: Any) -> None:
     for summary in narrow.locator("details:not(.row) > summary").all():
         if summary.is_visible():
             summary.click()
+    narrow.wait_for_function("[...document.querySelectorAll('[data-chart]')].every((f) => f.querySelector('svg'))")
     assert narrow.evaluate("document.documentElement.scrollWidth") == 360
     outside = """() => [...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, .unseen') &&
         e.checkVisibility() && e.getBoundingClientRect().right > 361).map((e) => e.outerHTML.slice(0, 80))"""

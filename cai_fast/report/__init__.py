@@ -3,13 +3,10 @@
 The same files give the same bytes. A run that is not finished, or of which files are missing, gives what there is.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from cai_fast import constitution
-from cai_fast.errors import InputError
-from cai_fast.inputs import parse_toml
+from cai_fast.inputs import parse_toml, read_json
 from cai_fast.report import curves, facts, rows
 from cai_fast.report.page import embedded, environment, shell
 
@@ -25,7 +22,7 @@ def build(folder: Path, samples: int) -> str:
     text = _text(folder / "config.toml")
     config = parse_toml(text.encode(), folder / "config.toml")
     charts: list[dict[str, Any]] = []  # the templates hold their places in this list
-    wording = _wording(config, manifest)
+    wording = _wording(folder, manifest)
     browsers = {
         "chains": rows.chains(folder, samples),
         "comparisons": rows.comparisons(folder, samples),
@@ -43,8 +40,10 @@ def build(folder: Path, samples: int) -> str:
 def _measured(folder: Path, manifest: dict[str, Any], charts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest and the evaluation say, for the template."""
     evaluation = _json(folder / "evaluation.json", {})
+    change = rows.paired(folder, "helpful", "helpful", "base", "rl_cai")
     return {
-        "date": facts.date(manifest), "headline": facts.headline(manifest, evaluation), "phases": facts.loop(manifest),
+        "date": facts.date(manifest), "headline": facts.headline(manifest, evaluation, change),
+        "phases": facts.loop(manifest),
         "total": facts.duration(sum(r.get("seconds") or 0 for r in manifest["stages"].values())),
         "plots": facts.plots(evaluation), "tables": facts.tables(evaluation),
         "calibrations": _places(charts, facts.calibrations(evaluation, manifest)),
@@ -70,21 +69,18 @@ def _places(charts: list[dict[str, Any]], more: list[dict[str, Any]]) -> list[in
 
 
 def _json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+    return read_json(path) if path.is_file() else default
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _wording(config: dict[str, Any], manifest: dict[str, Any]) -> dict[str, list[str]]:
-    """principle -> its critique request, revision request and comparison; empty where the constitution that the run
-    used is not to be had any more."""
+def _wording(folder: Path, manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """principle -> its critique request, revision request and comparison, of the constitutions that the run used."""
     used = {record.get("inputs", {}).get("constitution") for record in manifest["stages"].values()} - {None}
-    try:
-        found = constitution.load(config.get("data", {}).get("constitution", ""))
-    except InputError:
-        return {}
-    if used and found.hash not in used:
-        return {}
-    return {p.id: [p.critique_request, p.revision_request, p.comparison] for p in found.principles}
+    found = [_json(folder / "constitutions" / f"{name}.json", {}) for name in sorted(used)]
+    return {
+        p["id"]: [p["critique_request"], p["revision_request"], p["comparison"]]
+        for constitution in found for p in constitution.get("principles", [])
+    }  # fmt: skip

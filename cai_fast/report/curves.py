@@ -20,7 +20,9 @@ PANELS: dict[str, list[tuple[str, tuple[str, ...], str]]] = {
         ("Margin between the two answers", ("pm/margin", "pm_eval/margin"), ""),
     ],
     "Reinforcement learning": [
-        ("Reward and preference score", ("rl/reward", "rl/score", "rl/score_eval"), ""),
+        ("Reward and preference scores", ("rl/reward", "rl/score", "rl/pm_eval"), ""),
+        ("Loss on comparisons", ("rl/loss",), ""),
+        ("Accuracy of the implicit reward on the batch", ("rl/accuracy",), ""),
         ("KL to SL-CAI (nats per answer)", ("rl/kl", "rl/kl_exact"), "max_kl"),
         ("Entropy (nats per token)", ("rl/entropy",), "min_entropy"),
         ("Answer length (tokens)", ("rl/length",), ""),
@@ -29,7 +31,16 @@ PANELS: dict[str, list[tuple[str, tuple[str, ...], str]]] = {
         ("Clipped share of tokens", ("rl/clipfrac",), ""),
         ("Explained variance of the critic", ("rl/explained_variance",), ""),
     ],
-    "Guards": [],
+    "Guards": [
+        ("Gain since the start (deviations)", ("rl/pm_gain", "rl/pm_eval_gain"), ""),
+        ("Gain of pm beyond that of pm_eval", ("rl/pm_divergence",), "max_divergence"),
+        ("KL, times that of the last iterations", ("rl/kl_jump",), "max_kl_jump"),
+        ("Entropy, times that of SL-CAI", ("rl/entropy_share",), "min_entropy_share"),
+        ("Length, times longer or shorter", ("rl/length_change",), "max_length_change"),
+        ("Slope of the score on length", ("rl/length_slope",), ""),
+        ("Rise of boilerplate (share of tokens)", ("rl/boilerplate_rise",), "max_boilerplate_rise"),
+        ("Gap between engine and trainer (nats)", ("rl/logprob_gap",), "max_logprob_gap"),
+    ],
     "Everything else": [],
 }
 

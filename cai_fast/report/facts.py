@@ -1,6 +1,7 @@
 """What the page says in numbers: headline, the loop with its counts, evaluation, guards, provenance."""
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ ABOUT = {
     "compare": ("Draw pairs of answers", "red-team prompts, SL-CAI", "comparisons.jsonl"),
     "label": ("Judge them by principles", "comparisons, constitution, judge", "labels.jsonl"),
     "pm": ("Train preference models", "comparisons, labels", "checkpoints/pm, checkpoints/pm_eval"),
-    "rl": ("PPO against the preference model", "prompts, SL-CAI, pm", "checkpoints/rl_cai, rollouts.jsonl"),
+    "rl": ("Train the policy on those preferences", "prompts, SL-CAI, pm", "checkpoints/rl_cai, rollouts.jsonl"),
     "evaluate": ("Measure on unseen prompts", "all policies, held-out prompts", "evaluation.json"),
     "report": ("Write this page", "all of the above", "report.html"),
 }
@@ -138,15 +139,15 @@ def cell(value: Json, as_share: bool) -> dict[str, str]:
     return {"mean": form(value["mean"]), "interval": interval(value, as_share)}
 
 
-def headline(manifest: Json, evaluation: Json) -> list[dict[str, Any]]:
+def headline(manifest: Json, evaluation: Json, change: tuple[float, float, int]) -> list[dict[str, Any]]:
     """Three tiles, each with one value per policy: the toy world's truth if it was measured, else judge, refusals, KL;
-    before any evaluation, what there is."""
+    before any evaluation, what there is. change: of helpfulness, as `rows.paired` gives it."""
     policies = {p: evaluation["policies"][p] for p in POLICIES if p in evaluation.get("policies", {})}
     if not policies:
         return _progress(manifest)
     if "harm" in next(iter(policies.values())).get("red_team", {}):
         tiles = [_tile("Harm per red-team answer", policies, "red_team", "harm"),
-                 _tile("Helpfulness on benign prompts", policies, "benign", "helpful"),
+                 _tile("Helpfulness on benign prompts", policies, "benign", "helpful") | _change(*change),
                  _tile("Evasive red-team answers", policies, "red_team", "evasive")]  # fmt: skip
     else:
         judged = [{"name": name} | cell(row, True) for name, row in win_rates(evaluation)]
@@ -160,12 +161,16 @@ def _tile(title: str, policies: Json, group: str, metric: str) -> dict[str, Any]
     _, as_share, better = METRICS[metric]
     found = {p: groups[group][metric] for p, groups in policies.items() if metric in groups.get(group, {})}
     found = {p: value for p, value in found.items() if value["n"]}
-    note = better
-    if metric == "helpful" and {"base", "rl_cai"} <= set(found):
-        change = 100 * (found["rl_cai"]["mean"] - found["base"]["mean"])
-        note = f"RL-CAI minus base: {'−' if change < 0 else '+'}{abs(change):.1f} points"
     cells = [{"name": POLICIES[p]} | cell(v, as_share) for p, v in found.items()]
-    return {"title": title, "note": note, "cells": cells}
+    return {"title": title, "note": better, "cells": cells}
+
+
+def _change(mean: float, half: float, count: int) -> dict[str, str]:
+    """The note on a paired difference of two shares; none where it is not known."""
+    if math.isnan(mean):
+        return {}
+    low, middle, high = (f"{100 * x:+.1f}".replace("-", "−") for x in (mean - half, mean, mean + half))
+    return {"note": f"RL-CAI minus base: {middle} points ({low} to {high}; {count} prompts)"}
 
 
 def _progress(manifest: Json) -> list[dict[str, Any]]:
@@ -297,8 +302,8 @@ def guards(manifest: Json) -> dict[str, Any]:
     summary = manifest["stages"].get("rl", {}).get("summary", {})
     told = {key: value for key, value in summary.items()
             if key != "guard" and any(word in key for word in ("guard", "trip", "export"))}  # fmt: skip
-    return {"known": bool(summary), "reason": summary.get("guard", ""), "step": summary.get("iterations"),
-            "told": numbers(told)}  # fmt: skip
+    return {"finished": bool(summary), "watched": "guard" in summary, "reason": summary.get("guard", ""),
+            "step": summary.get("iterations"), "told": numbers(told)}  # fmt: skip
 
 
 def hashes(manifest: Json) -> list[tuple[str, str, int, str]]:
