@@ -159,7 +159,12 @@ def test_counts_add_up_and_name_their_reasons() -> None:
     chains, helpful = stages["revise"]["counts"]
     assert (chains["requested"], chains["kept"], chains["rejected"]) == (30, 24, 6) and helpful["rejected"] == 0
     assert chains["reasons"] == [("repetition", 4), ("empty", 2)] and chains["part"] == 80
-    assert stages["base"]["status"] == "not run" and stages["rl"]["time"] == "20.0 s" and stages["rl"]["part"] == 100
+    assert (
+        "base" not in stages
+        and stages["report"]["status"] == "this page"
+        and stages["rl"]["time"] == "20.0 s"
+        and stages["rl"]["part"] == 100
+    )
     assert stages["pm"]["more"]["pm harmless accuracy"] == "0.75" and "pm harmless bins" not in stages["pm"]["more"]
 
 

@@ -94,7 +94,7 @@ function chainBrowser(principles) {
     sorts: { "file order": () => 0, "words changed": (a, b) => changed(b) - changed(a) },
     checks: { marks: ["Mark changes", true] },
     text: (row) => [row.id, ...row.turns.map((t) => t[1]), row.response, ...row.rounds.flat()].join("\n"),
-    badges: (row) => [row.rounds.length ? badge(`${row.rounds.length} rounds`) : badge("plain answer"), row.kept ? badge("kept", "good") : badge(`rejected: ${row.reason}`, "bad")],
+    badges: (row) => [badge(row.kind === "helpful" ? "plain answer" : `${row.rounds.length} ${row.rounds.length === 1 ? "round" : "rounds"}`), row.kept ? badge("kept", "good") : badge(`rejected: ${row.reason}`, "bad")],
     inside: (row, state) => [
       ...conversation(row),
       el("div", { class: "step" }, el("h3", {}, row.rounds.length ? "First answer" : "Answer"), textOf(row, row.response)),

@@ -35,6 +35,7 @@ function drawLines(figure, spec) {
   const limits = spec.limits.filter((limit) => Math.abs(limit.y) <= reach);
   for (const limit of limits) low = Math.min(low, limit.y), high = Math.max(high, limit.y);
   if (low > 0 && low < 0.6 * high) low = 0;
+  if (low === 0 && high === 0) high = 1;
   if (low === high) low -= Math.abs(low) / 2 || 0.5, high += Math.abs(high) / 2 || 0.5;
   const first = steps[0], last = steps[steps.length - 1];
   const toX = (x) => (last > first ? x0 + ((x - first) / (last - first)) * (x1 - x0) : (x0 + x1) / 2);
