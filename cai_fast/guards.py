@@ -237,7 +237,7 @@ def phrase_counts(answers: Sequence[NDArray[np.int64]], prompts: Sequence[Hashab
         by_prompt.setdefault(prompt, []).append(phrase)
     counts = np.zeros(BUCKETS, dtype=np.int32)
     for own in by_prompt.values():
-        counts[np.unique(np.concatenate(own))] += 1
+        counts[np.concatenate(own)] += 1  # once, however often a prompt has it: numpy adds to each place once
     return counts
 
 
