@@ -290,7 +290,9 @@ def _rl_passes(config: Config, compared: int) -> Passes:
     rollouts = rl.prompts_per_step * rl.samples_per_prompt * (config.data.max_prompt_tokens + rl.max_new_tokens)
     networks = 4 if rl.network in ("own", "pm") else 3  # preference model, policy, reference, a critic of its own
     again = rl.steps * rl.epochs if rl.kl_kind == "exact" else 0  # the reference, beside every pass of the policy
-    return Passes(rl.steps * rollouts * rl.epochs, ((rl.steps + 1) * networks + again) * rollouts)
+    every = config.guards.pm_eval_every
+    judged = -(-(rl.steps + 1) // every) if every else 0
+    return Passes(rl.steps * rollouts * rl.epochs, ((rl.steps + 1) * networks + judged + again) * rollouts)
 
 
 def prompt_counts(config: Config) -> dict[str, int]:
