@@ -11,6 +11,7 @@ import jinja2
 
 WIDTH = 100  # columns of the text
 FLAG = "*"
+ROUNDING = 1e-12  # a smaller difference is none
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
 def _changed(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows in which anything differs, and a sentence about the others."""
     rows = list(rows)
-    moved = [row for row in rows if row["diff"] or row["lo"] or row["hi"]]
+    moved = [row for row in rows if any(abs(row[name] or 0.0) > ROUNDING for name in ("diff", "lo", "hi"))]
     same = len(rows) - len(moved)
     return moved, [f"{same} of {len(rows)} rows are the same in both runs."] if same else []
 
