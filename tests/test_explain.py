@@ -87,6 +87,12 @@ def test_an_id_may_be_shortened_but_must_be_one(run: Path, capsys: pytest.Captur
     assert main([str(run.parent), "l0"]) == 2
 
 
+def test_a_run_of_another_version_can_be_read(run: Path) -> None:
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text("later = 1\n" + text.replace("[rl]", "[rl]\nnot_yet_known = 3"))
+    assert RunFiles(run).config.seed == 0 and explained(run, "l0")["id"] == "l0"
+
+
 def test_json_is_the_whole_tree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "l0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(explained(run, "l0")))
