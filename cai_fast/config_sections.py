@@ -289,7 +289,7 @@ SECTIONS: dict[str, type[Section]] = {
     cls.section: cls
     for cls in (
         ModelConfig, DataConfig, EngineConfig, LoraConfig, ParallelConfig, CheckpointConfig, LogConfig, HardwareConfig,
-        BaseConfig, ReviseConfig, SftConfig, CompareConfig, LabelConfig, PmConfig, RlConfig, GuardsConfig, EvaluateConfig,
-        ReportConfig,
+        BaseConfig, ReviseConfig, SftConfig, CompareConfig, LabelConfig, PmConfig, RlConfig, GuardsConfig,
+        EvaluateConfig, ReportConfig,
     )
 }  # fmt: skip
