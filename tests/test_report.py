@@ -230,6 +230,9 @@ def test_a_missing_file_leaves_the_rest(folder: Path, tmp_path: Path, missing: s
         if path.stem != missing:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     page = report.build(tmp_path, 20)
+    rows_left = {name: len(data_of(page)[name]["rows"]) for name in ("chains", "comparisons", "answers")}
+    lost = {"revisions": "chains", "comparisons": "comparisons", "answers": "answers"}.get(missing, "")
+    assert all((count > 4) == (name != lost) for name, count in rows_left.items())
     assert page.count('class="browser"') == 3 and data_of(page)["chains"].keys() == {"rows", "total"}
     assert (missing == "evaluation") == ("No evaluation yet" in page) and (missing == "metrics") == (
         "No metrics" in page
