@@ -79,13 +79,8 @@ def chains(folder: Path, count: int) -> dict[str, Any]:
 
 def comparisons(folder: Path, count: int) -> dict[str, Any]:
     """Labelled comparisons by source; the judged ones with the probability in either order."""
-    where: dict[str, Hashable] = {}
-    for row in _lines(folder / "labels.jsonl"):
-        sides = {(view["prob_a_ab"] or 0) > 0.5 for view in row["per_principle"] if view["prob_a_ab"] is not None}
-        other = {(view["prob_a_ba"] or 0) > 0.5 for view in row["per_principle"] if view["prob_a_ba"] is not None}
-        where[row["comparison_id"]] = "orders differ" if sides and other and sides != other else "labelled"
-    asked = folder / "comparisons.jsonl"
-    drawn, total = sample(asked, count, lambda row: (row["source"], where.get(row["id"], "")))
+    differ = {row["comparison_id"]: _orders_differ(row) for row in _lines(folder / "labels.jsonl")}
+    drawn, total = sample(folder / "comparisons.jsonl", count, lambda row: (row["source"], differ.get(row["id"])))
     labels = with_ids(folder / "labels.jsonl", {row["id"] for row in drawn}, "comparison_id")
     prompts, rows = _prompts(folder, drawn), []
     for row in drawn:
@@ -99,6 +94,12 @@ def comparisons(folder: Path, count: int) -> dict[str, Any]:
             "views": [[v.principle, _short(v.prob_a_ab), _short(v.prob_a_ba), list(v.cot)] for v in views],
         })  # fmt: skip
     return {"rows": rows, "total": total}
+
+
+def _orders_differ(label: Row) -> bool:
+    """Whether some principle made the judge prefer one answer when asked A/B and the other when asked B/A."""
+    views = [(view["prob_a_ab"], view["prob_a_ba"]) for view in label["per_principle"]]
+    return any(None not in view and (view[0] > 0.5) != (view[1] > 0.5) for view in views)
 
 
 def answers(folder: Path, count: int) -> dict[str, Any]:
