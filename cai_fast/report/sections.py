@@ -10,7 +10,6 @@ from cai_fast.report.page import environment, shell
 
 WIDTH = 100  # columns of the text
 FLAG = "*"
-ROUNDING = 1e-12  # a smaller difference is none
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
 def _changed(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows in which anything differs, and a sentence about the others."""
     rows = list(rows)
-    moved = [row for row in rows if any(abs(row[name] or 0.0) > ROUNDING for name in ("diff", "lo", "hi"))]
+    moved = [row for row in rows if row["diff"] or row["lo"] or row["hi"]]
     same = len(rows) - len(moved)
     return moved, [f"{same} of {len(rows)} rows are the same in both runs."] if same else []
 
@@ -231,6 +230,6 @@ def _numeric(text: str) -> bool:
 
 def as_html(found: Sequence[Section]) -> str:
     """The sections as one self-contained page."""
+    links = {f"part-{number}": section.title for number, section in enumerate(found, 1) if number > 1}
     body = environment().get_template("comparison.html").render(sections=found)
-    links = {f"part-{n}": section.title.partition(",")[0] for n, section in enumerate(found) if n}
-    return shell("Two runs – cai_fast", body, links=links)
+    return shell(f"{found[0].title} – cai_fast", body, links=links)
