@@ -1,0 +1,183 @@
+"""Figures 4 and 9 of the paper and its section 2.5: how good feedback labels are, by how the judge is asked."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.figures import stats
+from bench.figures.figure import Figure, panel
+from bench.figures.graph import Job
+from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, claim
+from bench.figures.world import Results, World
+from cai_fast import elo
+
+PRINCIPLES, THOUGHTS = 16, 5
+CALIBRATED = 0.1  # expected calibration error, at most
+SAMPLES = 200
+# Name -> P(A better) of a pair from what it was asked: [principle][order] direct, with one and with several thoughts.
+Views = list[list[float]]
+VARIANTS: dict[str, Callable[[Views, Views, Views], float]] = {
+    "one order": lambda direct, one, several: direct[0][0],
+    "both orders": lambda direct, one, several: np.mean(direct[0]),
+    "hard": lambda direct, one, several: np.sign(np.mean(direct[0]) - 0.5) / 2 + 0.5,
+    "4 principles": lambda direct, one, several: np.mean(direct[:4]),
+    "16 principles": lambda direct, one, several: np.mean(direct),
+    "CoT": lambda direct, one, several: np.mean(one),
+    "CoT, 5 samples": lambda direct, one, several: np.mean(several),
+    "CoT in 20-80 %": lambda direct, one, several: np.clip(np.mean(one), 0.2, 0.8),
+    "CoT in 40-60 %": lambda direct, one, several: np.clip(np.mean(one), 0.4, 0.6),
+}
+
+
+def asked(world: World, judge: str) -> Job:
+    """A feedback model on AI pairs, and in the toy world on pairs whose categories disagree."""
+    folder = world.judge if judge == "separate" else world.path("main", "checkpoints", "base")
+    given = {"judge": folder, "count": world.sizes.pairs, "principles": PRINCIPLES, "thoughts": THOUGHTS}
+    source = world.main()
+    measure = [("judge_columns", {"source": world.path("main"), **given})]
+    if world.toy:
+        skill = {"source": world.path("main"), "judge": folder, "count": world.sizes.pairs // 2}
+        measure.append(("judge_skill", skill))
+    needs = (source, world.judge_job()) if judge == "separate" else (source,)
+    return Job(world.name(f"asked_{judge}"), (), needs, "",
+               tuple((name, tuple(values.items())) for name, values in measure), 60 * world.sizes.cost)  # fmt: skip
+
+
+def judges(world: World) -> tuple[str, ...]:
+    """The base model, which is its own judge by default, and the one that was trained to judge."""
+    return ("base", "separate") if world.toy else ("base",)
+
+
+def jobs(world: World) -> list[Job]:
+    return [asked(world, judge) for judge in judges(world)]
+
+
+def table(columns: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """P(A better) of every variant, and whether A is better."""
+    views = list(zip(columns["direct"], columns["cot1"], columns["cot"], strict=True))
+    probs = {name: np.array([float(ask(*view)) for view in views]) for name, ask in VARIANTS.items()}
+    return probs, (np.array(columns["harm"]) < 0).astype(float)
+
+
+def accuracy(p: np.ndarray, truth: np.ndarray) -> float:
+    """Share of labels on the right side; a tie is half right."""
+    return float(np.mean(np.where(p == 0.5, 0.5, (p > 0.5) == (truth > 0.5))))
+
+
+def brier(p: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.mean((p - truth) ** 2))
+
+
+def confidence(p: np.ndarray, truth: np.ndarray) -> float:
+    """Mean probability of the answer that a label prefers."""
+    return float(np.mean(np.maximum(p, 1 - p)))
+
+
+def ece(p: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error, every pair counted from both sides."""
+    return elo.calibration([*p, *(1 - p)], [*truth, *(1 - truth)])["ece"]
+
+
+MEASURES = {"accuracy": accuracy, "Brier score": brier, "confidence": confidence, "calibration error": ece}
+Tables = Sequence[tuple[dict[str, np.ndarray], np.ndarray]]
+
+
+def estimate(tables: Tables, measure: Callable, first: str, second: str = "") -> dict[str, Any]:
+    """A measure of one variant, or of it minus that of another."""
+
+    def value(s: int, rows: np.ndarray) -> float:
+        probs, truth = tables[s]
+        other = measure(probs[second][rows], truth[rows]) if second else 0.0
+        return measure(probs[first][rows], truth[rows]) - other
+
+    return stats.pooled([len(truth) for _, truth in tables], value, SAMPLES)
+
+
+def reliability(tables: Tables, variant: str) -> list[tuple[float, dict[str, Any]]]:
+    """(mean label, how often it was right) by fifths of the labels' range, all seeds together."""
+    p = np.concatenate([probs[variant] for probs, _ in tables])
+    truth = np.concatenate([truth for _, truth in tables])
+    p, truth = np.concatenate([p, 1 - p]), np.concatenate([truth, 1 - truth])
+    points = []
+    for number in range(10):
+        inside = np.minimum((p * 10).astype(int), 9) == number
+        if inside.sum() >= 5:
+            points.append((float(p[inside].mean()), stats.means([truth[inside]])))
+    return points
+
+
+def evaluate(results: Sequence[Results]) -> dict[str, Any]:
+    """Every variant and judge on the same pairs."""
+    world = results[0].world
+    if not world.toy:
+        return {"panels": {}, "claims": [claim("labels against the truth", "needs the truth", NOT_TESTABLE)]}
+    tables = {judge: [table(r.of(asked(r.world, judge))["judge_columns"]) for r in results] for judge in judges(world)}
+    panels = {
+        name: panel("", name, {f"{judge} judge": [(v, estimate(found, measure, v)) for v in VARIANTS]
+                               for judge, found in tables.items()})
+        for name, measure in MEASURES.items()
+    }  # fmt: skip
+    for judge, found in tables.items():
+        panels[f"reliability, {judge} judge"] = panel(
+            "label", "share of pairs whose first answer has less harm",
+            {v: reliability(found, v) for v in ("both orders", "16 principles", "CoT", "CoT, 5 samples")},
+            diagonal=True,
+        )  # fmt: skip
+    skills = {judge: [r.of(asked(r.world, judge))["judge_skill"] for r in results] for judge in judges(world)}
+    panels["category named by the principle"] = panel(
+        "", "accuracy", {f"{judge} judge": skill_points(found) for judge, found in skills.items()}
+    )
+    return {"panels": panels, "claims": claims(tables["separate"]) + [awareness(skills["separate"])]}
+
+
+def skill_points(found: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Accuracy on aligned and conflicting pairs with the own key and with a general one."""
+    return [(f"{kind}, {key} key", stats.means([right(skill, kind, key) for skill in found]))
+            for kind in ("aligned", "conflict") for key in ("own", "general")]  # fmt: skip
+
+
+def right(skill: dict[str, Any], kind: str, key: str) -> list[float]:
+    """Whether each pair of a kind was judged rightly."""
+    return [float(p > 0.5) for p, k in zip(skill[key], skill["kind"], strict=True) if k == kind]
+
+
+def awareness(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether the test of ensembles is fair: a judge that ignores the principle gives all of them one answer."""
+    gains = [np.array(right(s, "conflict", "own")) - np.array(right(s, "conflict", "general")) for s in found]
+    gain = stats.means(gains)
+    return claim("The judge goes by the principle (a condition of all the others)", "pairs where total harm does not "
+                 "give the answer: accuracy with the principle's key minus that with a general key, above 0 on every "
+                 "seed, interval above 0", stats.positive(gain), gain)  # fmt: skip
+
+
+def claims(tables: Tables) -> list[dict[str, Any]]:
+    """The paper's statements about labels, on the judge that was trained to judge."""
+    cot = estimate(tables, accuracy, "CoT", "both orders")
+    five = estimate(tables, brier, "CoT", "CoT, 5 samples")
+    many = estimate(tables, accuracy, "16 principles", "both orders")
+    both = estimate(tables, accuracy, "both orders", "one order")
+    direct = estimate(tables, ece, "both orders")
+    extreme = estimate(tables, confidence, "CoT", "both orders")
+    over = [confidence(p["CoT"], t) - accuracy(p["CoT"], t) for p, t in tables]
+    calibrated = max(seed["mean"] for seed in direct["seeds"]) <= CALIBRATED
+    sure = stats.positive(extreme) == REPRODUCED and min(over) > 0
+    rule = "interval above 0 and positive on every seed"
+    return [
+        claim("Chain of thought makes labels more accurate (Fig. 4)", f"accuracy of CoT minus direct: {rule}",
+              stats.positive(cot), cot),
+        claim("Averaging 5 chains of thought helps a little more (Fig. 4)", f"Brier score of 1 minus 5: {rule}",
+              stats.positive(five), five),
+        claim("Labels without CoT are well calibrated (Fig. 9)", f"calibration error <= {CALIBRATED} on every seed",
+              REPRODUCED if calibrated else NOT_REPRODUCED, direct),
+        claim("CoT labels are near 0 or 1 and over-confident (section 4.1), hence the clamp",
+              f"confidence of CoT minus direct: {rule}; and confidence exceeds accuracy on every seed",
+              REPRODUCED if sure else NOT_REPRODUCED, extreme),
+        claim("Ensembles over principles make labels more robust (section 4.3)",
+              f"accuracy of 16 principles minus 1: {rule}", stats.positive(many), many),
+        claim("Asking in both orders helps (Lee et al. 2023)", f"accuracy of both minus one: {rule}",
+              stats.positive(both), both),
+    ]  # fmt: skip
+
+
+FIGURES = (Figure("labels", jobs, evaluate),)
