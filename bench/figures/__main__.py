@@ -84,7 +84,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name}: not made; {broken[0]}: {failed.get(broken[0], 'not done')}")
             continue
         command = f"python -m bench.figures {' '.join(argv)}".strip()
-        print(report(make(EVERY[name], [Results(suite, world) for world in chosen], command, options.out)))
+        try:
+            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], command, options.out)))
+        except stats.Nothing as reason:
+            missing += 1
+            print(f"{name}: not made; {reason}")
     if options.out == page.RESULTS:
         write_atomic(page.PAGE, page.page(page.load()))
     return 1 if missing else 0

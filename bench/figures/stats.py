@@ -12,12 +12,20 @@ import numpy as np
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 SAMPLES = 500
+
+
+class Nothing(ValueError):
+    """There are no rows to compute with: a run kept none, or the prompts of two do not meet."""
+
+
 Statistic = Callable[[int, np.ndarray], float]
 """(seed's index, rows drawn of that seed) -> value."""
 
 
 def pooled(sizes: Sequence[int], statistic: Statistic, samples: int = SAMPLES) -> dict[str, Any]:
     """{mean, lo, hi, seeds: [{mean, lo, hi, n}]} of a statistic of `sizes[s]` rows in seed s."""
+    if not all(sizes):
+        raise Nothing("no rows on some seed")
     draws = np.random.default_rng(0)
     whole = [statistic(s, np.arange(n)) for s, n in enumerate(sizes)]
     within = np.array([[statistic(s, draws.integers(0, n, n)) for _ in range(samples)] for s, n in enumerate(sizes)])
