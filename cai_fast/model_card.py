@@ -13,6 +13,7 @@ from typing import Any
 from cai_fast import records
 from cai_fast.pipeline import TOY, Context, load_prompts
 from cai_fast.records import Prompt, Turn
+from cai_fast.rundir import SNAPSHOT
 from cai_fast.tokenizer import Renderer
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -54,13 +55,22 @@ def files(ctx: Context, name: str, results: dict[str, Any]) -> dict[str, str]:
 
     results: the summary of its training.
     """
-    source, renderer = ctx.folder(_KINDS[name][1]), ctx.renderer(_KINDS[name][1])
+    below = _kind(name)[1]
+    source, renderer = ctx.folder(below), ctx.renderer(below)
     licence = stated_licence(source)
     notice, text = _notice(ctx, name, source, licence)
     made = {"README.md": _card(ctx, name, renderer, results, licence, notice), notice: text}
     if not name.startswith("pm"):
         made["generation_config.json"] = _generation(source, renderer)
     return made
+
+
+def _kind(name: str) -> tuple[str, str, str, str]:
+    """The entry of `_KINDS` of a checkpoint; a policy along RL is as the last one."""
+    if not name.startswith(SNAPSHOT):
+        return _KINDS[name]
+    stage, below, title, metric = _KINDS["rl_cai"]
+    return stage, below, f"A snapshot of {title}, after {int(name.removeprefix(SNAPSHOT))} iterations", metric
 
 
 def stated_licence(folder: Path) -> dict[str, str]:
@@ -114,7 +124,7 @@ def _generation(source: Path, renderer: Renderer) -> str:
 def _card(
     ctx: Context, name: str, renderer: Renderer, results: dict[str, Any], licence: dict[str, str], notice: str
 ) -> str:
-    stage, _, title, metric = _KINDS[name]
+    stage, _, title, metric = _kind(name)
     record, source = ctx.run.record(stage) or {}, _source(ctx, name)
     origin = _origin(ctx, name, licence)
     base = {} if source == TOY else {"base_model": source_name(Path(source))}

@@ -109,6 +109,8 @@ class Planner:
             # Of two models trained one after the other, the first one's stay; one more while it is written.
             states += (pair * self.config.checkpoint.keep + 1) * count * (weight + state)
             kept += (sizes.count(head) + adapters) * layout.width if number == 0 else 0  # the critic is not exported
+        if stage == "rl" and (every := self.config.rl.snapshot_every):
+            kept *= 1 + self.config.rl.steps // every
         return texts + kept * pair, states
 
     def room_on_disk(self) -> float:

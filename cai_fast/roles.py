@@ -17,10 +17,10 @@ import torch
 from cai_fast import heartbeat, model_card, parallel, rng
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
+from cai_fast.hashing import hash_model
 from cai_fast.model import Model, lora
 from cai_fast.model.hf import read_json
 from cai_fast.pipeline import Context
-from cai_fast.rundir import hash_model
 
 ADAPTER, TRUNK = "adapter", "trunk.json"
 

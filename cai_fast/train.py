@@ -113,7 +113,9 @@ def _act(command: config.Command, dist: "Distributed") -> None:
     from cai_fast import distributed, pipeline
 
     if command.action == "plan":
-        _say("\n".join(pipeline.plan(command.config)))
+        from cai_fast.plan import plan_lines
+
+        _say("\n".join(plan_lines(command.config)))
         return
     lines = dist.on_main(lambda: pipeline.check(command.config, here=command.action == "run"))
     if command.action == "check":

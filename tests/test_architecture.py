@@ -42,10 +42,11 @@ GROUPS = [
         "runlog",
         "rundir",
         "checkpoint",
+        "hashing",
     },
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "parallel", "fit", "ppo", "elo", "prefixes", "scorer"},
+    {"batching", "losses", "optim", "parallel", "fit", "advantages", "policy_gradient", "elo", "prefixes", "scorer"},
     {"toy", "report"},
     {
         "pipeline",

@@ -26,8 +26,9 @@ from cai_fast.distributed import Stopped
 from cai_fast.model import ScalarHead
 from cai_fast.optim import schedule
 from cai_fast.pipeline import Context
-from cai_fast.ppo import Critic, Ppo, Rollouts
+from cai_fast.policy_gradient import Critic, PolicyGradient, Rollouts
 from cai_fast.records import Journal, Rollout, content_id
+from cai_fast.rundir import SNAPSHOT
 from cai_fast.runlog import Mean
 from cai_fast.sampler import KINDS, Answers, Sampler
 
@@ -60,7 +61,7 @@ class Loop:
             self.extra = dict(state.extra)
         self.start = state.step if state else 0
         self.exported_step = 0
-        self.ppo = Ppo(
+        self.ppo = PolicyGradient(
             self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist,
             moments=ctx.config.model.moments,
         )  # fmt: skip
@@ -72,11 +73,14 @@ class Loop:
             ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
         )
 
-    def critic(self) -> Critic:
-        """The value function that `rl.critic` names."""
-        if self.cfg.critic == "detached":
+    def critic(self) -> Critic | None:
+        """The value function that `rl.critic` names, of an algorithm that has one."""
+        kind = self.cfg.network
+        if not kind:
+            return None
+        if kind == "detached":
             return Critic(ScalarHead(self.policy.config.hidden_size).to(self.policy.device))
-        if self.cfg.critic == "own":
+        if kind == "own":
             return Critic(roles.value_model(self.ctx, self.reference, "critic"))
         critic = roles.trained(self.ctx, "pm", head="score", name="critic", trunk=self.reference)
         return Critic(critic, self.extra["mean"], self.extra["deviation"])
@@ -84,7 +88,7 @@ class Loop:
     def run(self) -> str:
         """All iterations; returns why a guard stopped them, or nothing. Collective."""
         cfg, ctx = self.cfg, self.ctx
-        ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
+        ctx.dist.on_main(lambda: (drop_rows(ctx, self.start), ctx.run.drop_snapshots(self.start)))
         ctx.work(1.0)  # forget the answers for the standardisation: they are no iteration's
         path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
         with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
@@ -108,6 +112,7 @@ class Loop:
                 reason = self.guard(values)
                 if not reason:
                     self.save(step, journal)
+                    self.snapshot(step, values)
                     if step < cfg.steps:
                         values["perf/rollout_s"] = time.monotonic() - began
                         values |= self.update(step, answers, rollouts, rewards)
@@ -200,6 +205,16 @@ class Loop:
         journal.sync()
         self.ppo.save(states, step, self.extra)
 
+    def snapshot(self, step: int, values: dict[str, float]) -> None:
+        """Export the policy where that is due; one that has passed the guards. Collective.
+
+        Those after the newest state are written again when the stage continues, like its answers.
+        """
+        every = self.cfg.snapshot_every
+        if every and step and step % every == 0:
+            about = {"iterations": step} | {name.partition("/")[2]: value for name, value in values.items()}
+            roles.export(self.ctx, self.policy, f"{SNAPSHOT}{step:05}", self.renderer.tokenizer, about)
+
     def drop_unjudged(self) -> None:
         """Give back the disk of a state that newer ones which have been judged make useless. Collective."""
         folder = self.unjudged.folder
@@ -211,10 +226,10 @@ class Loop:
         """Train on the answers of this iteration. Collective."""
         began = time.monotonic()
         heartbeat.at("rl: updating", f"iteration {step}")
-        stats = self.ppo.set_advantages(rollouts, rewards)
-        self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)
+        stats = self.ppo.set_advantages(rollouts, rewards, answers.groups)
         factor = schedule(self.cfg.schedule, step, self.cfg.steps, self.cfg.warmup_steps)
         stats |= self.ppo.update(rollouts, factor) | {"lr": self.cfg.lr * factor}
+        self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)  # for the next iteration
         stats.pop("entropy", None)  # reported of the policy that sampled
         return {f"rl/{name}": value for name, value in stats.items()} | {"perf/update_s": time.monotonic() - began}
 
@@ -236,7 +251,7 @@ def inputs(ctx: Context) -> dict[str, Any]:
 
 
 def run(ctx: Context) -> None:
-    """Write rollouts.jsonl and checkpoints/rl_cai."""
+    """Write rollouts.jsonl, checkpoints/rl_cai and the snapshots that were asked for."""
     loop = Loop(ctx)
     with loop.states, loop.unjudged:
         reason = loop.run()
@@ -253,7 +268,7 @@ def run(ctx: Context) -> None:
     } | roles.sizes(loop.policy)  # fmt: skip
     roles.export(ctx, loop.policy, "rl_cai", loop.renderer.tokenizer, summary)
     ctx.log.info(f"rl: {summary}")
-    ctx.run.finish("rl", list(OUTPUTS), summary)
+    ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 
 
 def journals(ctx: Context) -> list[Path]:
