@@ -8,7 +8,7 @@ import numpy as np
 from bench.figures import stats
 from bench.figures.figure import Figure, panel
 from bench.figures.graph import Job
-from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, claim
+from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, above, claim
 from bench.figures.world import Results, World
 from cai_fast import elo
 
@@ -146,37 +146,31 @@ def awareness(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Whether the test of ensembles is fair: a judge that ignores the principle gives all of them one answer."""
     gains = [np.array(right(s, "conflict", "own")) - np.array(right(s, "conflict", "general")) for s in found]
     gain = stats.means(gains)
-    return claim("The judge goes by the principle (a condition of all the others)", "pairs where total harm does not "
-                 "give the answer: accuracy with the principle's key minus that with a general key, above 0 on every "
-                 "seed, interval above 0", stats.positive(gain), gain)  # fmt: skip
+    return above("The judge goes by the principle (a condition of the others)", "pairs where total harm does not give "
+                 "the answer: accuracy with the principle's own key minus a general key", gain)  # fmt: skip
 
 
 def claims(tables: Tables) -> list[dict[str, Any]]:
     """The paper's statements about labels, on the judge that was trained to judge."""
-    cot = estimate(tables, accuracy, "CoT", "both orders")
-    five = estimate(tables, brier, "CoT", "CoT, 5 samples")
-    many = estimate(tables, accuracy, "16 principles", "both orders")
-    both = estimate(tables, accuracy, "both orders", "one order")
     direct = estimate(tables, ece, "both orders")
     extreme = estimate(tables, confidence, "CoT", "both orders")
     over = [confidence(p["CoT"], t) - accuracy(p["CoT"], t) for p, t in tables]
     calibrated = max(seed["mean"] for seed in direct["seeds"]) <= CALIBRATED
     sure = stats.positive(extreme) == REPRODUCED and min(over) > 0
-    rule = "interval above 0 and positive on every seed"
     return [
-        claim("Chain of thought makes labels more accurate (Fig. 4)", f"accuracy of CoT minus direct: {rule}",
-              stats.positive(cot), cot),
-        claim("Averaging 5 chains of thought helps a little more (Fig. 4)", f"Brier score of 1 minus 5: {rule}",
-              stats.positive(five), five),
+        above("Chain of thought makes labels more accurate (Fig. 4)", "accuracy of CoT minus direct",
+              estimate(tables, accuracy, "CoT", "both orders")),
+        above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score of 1 minus 5",
+              estimate(tables, brier, "CoT", "CoT, 5 samples")),
         claim("Labels without CoT are well calibrated (Fig. 9)", f"calibration error <= {CALIBRATED} on every seed",
               REPRODUCED if calibrated else NOT_REPRODUCED, direct),
-        claim("CoT labels are near 0 or 1 and over-confident (section 4.1), hence the clamp",
-              f"confidence of CoT minus direct: {rule}; and confidence exceeds accuracy on every seed",
-              REPRODUCED if sure else NOT_REPRODUCED, extreme),
-        claim("Ensembles over principles make labels more robust (section 4.3)",
-              f"accuracy of 16 principles minus 1: {rule}", stats.positive(many), many),
-        claim("Asking in both orders helps (Lee et al. 2023)", f"accuracy of both minus one: {rule}",
-              stats.positive(both), both),
+        claim("CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)",
+              "confidence of CoT minus direct: above 0 on every seed, interval above 0; confidence of CoT above its "
+              "accuracy on every seed", REPRODUCED if sure else NOT_REPRODUCED, extreme),
+        above("Ensembles over principles make labels more robust (section 4.3)", "accuracy of 16 principles minus 1",
+              estimate(tables, accuracy, "16 principles", "both orders")),
+        above("Asking in both orders helps (Lee et al. 2023)", "accuracy of both orders minus one",
+              estimate(tables, accuracy, "both orders", "one order")),
     ]  # fmt: skip
 
 

@@ -53,9 +53,9 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     if words["note"].strip():
         lines += ["", words["note"].strip()]
     made = result["environment"]
-    lines += ["", f"`{result['command']}`, seeds {', '.join(map(str, result['seeds']))}, commit {made['commit']}, "
-              f"{made['date'][:10]}, torch {made['versions']['torch']}; all numbers: `results/figures/{name}.json`."]  # fmt: skip
-    return lines
+    where = f"commit {made['commit']}, {made['date'][:10]}, torch {made['versions']['torch']}"
+    seeds = ", ".join(map(str, result["seeds"]))
+    return [*lines, "", f"`{result['command']}`, seeds {seeds}, {where}; all numbers: `results/figures/{name}.json`."]
 
 
 def row(claim: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from bench.figures import stats
 from bench.figures.figure import NAMES, Figure, panel
 from bench.figures.graph import Job
-from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, claim
+from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, above, claim
 from bench.figures.world import Results, World
 from cai_fast import config
 
@@ -95,23 +95,19 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
     def gap(first: str, second: str, column: str, step: str, group: str = "red_team") -> dict[str, Any]:
         return stats.differences(at(first, step, group), at(second, step, group), column)
 
-    soft, extreme = gap("hard", "soft", "harm", usual), gap("CoT", "CoT in 40-60 %", "kl", final)
     plate = {name: stats.differences(at(name, final, "benign"), at(name, usual, "benign"), "objection")
-             for name in ("hard", "CoT")}  # fmt: skip
-    help_ = gap("soft", "hard", "helpful", final)
-    rule = "on every seed, interval above 0"
-    grows = [stats.positive(e) for e in plate.values()]
+             for name in LABELS}  # fmt: skip
+    grows = [name for name, estimate in plate.items() if stats.positive(estimate) == REPRODUCED]
     claims = [
-        claim("Soft labels give less harm than hard ones", f"after {usual} iterations: {rule}", stats.positive(soft),
-              soft),
-        claim("Soft labels keep more helpfulness than hard ones",
-              f"red-team prompts, after {final} iterations: {rule}", stats.positive(help_), help_),
-        claim("Unclamped CoT labels give the more extreme policy",
-              f"KL of CoT minus that of CoT in 40-60 % after {final} iterations: {rule}", stats.positive(extreme),
-              extreme),
-        claim("Too much training appends boilerplate", f"objections to benign prompts, {final} minus {usual} iterations, "
-              f"for hard or unclamped CoT labels: {rule}", REPRODUCED if REPRODUCED in grows else NOT_REPRODUCED,
-              plate["hard"]),
+        above("Soft labels give less harm than hard ones", f"harm with hard labels minus soft, iteration {usual}",
+              gap("hard", "soft", "harm", usual)),
+        above("Soft labels keep more helpfulness than hard ones", f"helpfulness, soft minus hard, red-team prompts, "
+              f"iteration {final}", gap("soft", "hard", "helpful", final)),
+        above("Unclamped CoT labels give the more extreme policy", f"KL, CoT minus CoT in 40-60 %, iteration {final}",
+              gap("CoT", "CoT in 40-60 %", "kl", final)),
+        claim("Too much training appends boilerplate", f"objections to benign prompts, iteration {final} minus {usual}, "
+              "above 0 on every seed, interval above 0, for some kind of label (the value is that of hard ones; here: "
+              f"{', '.join(grows) or 'none'})", REPRODUCED if grows else NOT_REPRODUCED, plate["hard"]),
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 
@@ -138,12 +134,12 @@ def weight(results: Sequence[Results]) -> dict[str, Any]:
                   for t in side["benign"]] for side in (most, least)]  # fmt: skip
     annoying = stats.differences(*annoyance, "both")
     helpful = stats.differences(least["red_team"], most["red_team"], "helpful")
-    rule = f"weight {min(found):g} against {max(found):g}: on every seed, interval above 0"
+    what = f"weight {min(found):g} and {max(found):g}"
     claims = [
-        claim("More weight gives less harm", rule, stats.positive(harm), harm),
-        claim("Too much weight gives annoying models: refusals or objections to benign prompts", rule,
-              stats.positive(annoying), annoying),
-        claim("Too much weight costs helpfulness on red-team prompts", rule, stats.positive(helpful), helpful),
+        above("More weight gives less harm", f"fall of harm between {what}", harm),
+        above("Too much weight gives annoying models", f"rise of refusals and objections to benign prompts, {what}",
+              annoying),
+        above("Too much weight costs helpfulness", f"fall of helpfulness on red-team prompts between {what}", helpful),
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 
@@ -195,12 +191,11 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
     ])  # fmt: skip
     line = stats.pooled([1] * len(curves), lambda s, rows: explained(*curve(curves[s])), 10)
     claims = [
-        claim("A smaller KL penalty buys reward", f"rl.kl_coef {low:g} against {high:g}: score of RL's own PM is higher "
-              "on every seed, interval above 0", stats.positive(rise), rise),
-        claim("Reward is roughly linear in the square root of KL", f"along RL with rl.kl_coef {low:g}: a line explains "
-              f"at least {LINEAR:.0%} of the variance on every seed", stats.at_least(line, LINEAR), line),
-        claim("The held-out PM lags behind RL's own", f"gain by the own PM minus that by pm_eval, rl.kl_coef {low:g}: "
-              "on every seed, interval above 0", stats.positive(lag), lag),
+        above("A smaller KL penalty buys reward", f"score of RL's own PM with rl.kl_coef {low:g} minus {high:g}", rise),
+        claim("Reward is roughly linear in the square root of KL", f"along RL, rl.kl_coef {low:g}, a line explains at "
+              f"least {LINEAR:.0%} of the variance on every seed", stats.at_least(line, LINEAR), line),
+        above("The held-out PM lags behind RL's own", f"gain by the own PM minus that by pm_eval, rl.kl_coef {low:g}",
+              lag),
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 

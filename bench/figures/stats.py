@@ -80,6 +80,11 @@ def claim(text: str, rule: str, verdict: str, estimate: dict[str, Any] | None = 
     return found | ({"estimate": rounded(estimate)} if estimate else {})
 
 
+def above(text: str, what: str, estimate: dict[str, Any]) -> dict[str, Any]:
+    """A claim that a number is positive."""
+    return claim(text, f"{what}: above 0 on every seed, interval above 0", positive(estimate), estimate)
+
+
 def rounded(value: Any, digits: int = 4) -> Any:
     """Numbers as they are printed, all through a JSON value."""
     if isinstance(value, float):

@@ -6,6 +6,7 @@ corrupted, so what is wrong with this judge is its own. It no longer criticises 
 """
 
 import random
+from collections import Counter
 from pathlib import Path
 
 from cai_fast import model as models
@@ -13,13 +14,13 @@ from cai_fast.checkpoint import Checkpoints
 from cai_fast.constitution import Principle
 from cai_fast.records import Turn
 from cai_fast.runlog import RunLog
-from cai_fast.toy import corpus
+from cai_fast.toy import corpus, world
 from cai_fast.toy.corpus import Sample, Writer
 from cai_fast.toy.pretrain import Recipe, ToyTokenizer, train
 from cai_fast.toy.world import Answer, Request
 
 MIXTURE = {"judge": 0.5, "cot": 0.4, "other": 0.1}  # other: the base model's own corpus
-TELLING = 0.8  # share of questions about one category whose answer total harm does not give
+DISAGREEING = 0.8  # share of the questions about one category whose answers differ in opposite ways in categories
 TIED = 0.3  # of the pairs that a question cannot tell apart, so many are asked about all the same
 LETTER = 10.0  # loss weight
 STEPS, TOKENS_PER_STEP, LR, MUON_LR, WARMUP = 400, 2048, 3e-3, 6e-3, 20
@@ -32,13 +33,28 @@ def is_telling(a: Answer, b: Answer, principle: Principle) -> bool:
     return scope != 0 and scope * total <= 0
 
 
+def disagree(a: Answer, b: Answer) -> bool:
+    """Whether one answer has less harm of one category, and more of another."""
+    counts = [Counter(world.CATEGORY_OF[phrase] for phrase in answer.harms) for answer in (a, b)]
+    signs = [counts[0][category] - counts[1][category] for category in world.CATEGORIES]
+    return min(signs) < 0 < max(signs)
+
+
 def pair(rng: random.Random, request: Request, principle: Principle) -> tuple[Answer, Answer]:
-    """Two answers to judge by the principle."""
-    telling = len(principle.categories) == 1 and rng.random() < TELLING
+    """Two answers to judge by the principle.
+
+    Of a principle that names a category, most pairs have categories that disagree, and total harm is right about half
+    of them, so that neither it nor its opposite is a rule.
+    """
+    specific = len(principle.categories) == 1 and rng.random() < DISAGREEING
+    against = rng.random() < 0.5
     while True:
         a, b = corpus.any_answer(rng, request), corpus.any_answer(rng, request)
         scores = [corpus.demerits(answer, principle, corpus.in_scope(answer, principle)) for answer in (a, b)]
-        if is_telling(a, b, principle) if telling else scores[0] != scores[1] or rng.random() < TIED:
+        if specific:
+            if scores[0] != scores[1] and disagree(a, b) and is_telling(a, b, principle) == against:
+                return a, b
+        elif scores[0] != scores[1] or rng.random() < TIED:
             return a, b
 
 
