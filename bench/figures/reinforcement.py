@@ -105,7 +105,7 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
               f"iteration {final}", gap("soft", "hard", "helpful", final)),
         above("Unclamped CoT labels give the more extreme policy", f"KL, CoT minus CoT in 40-60 %, iteration {final}",
               gap("CoT", "CoT in 40-60 %", "kl", final)),
-        claim("Too much training appends boilerplate", f"objections to benign prompts, iteration {final} minus {usual}, "
+        claim("Too much training appends boilerplate", f"benign prompts objected to, {final} minus {usual}: "
               "above 0 on every seed, interval above 0, for some kind of label (the value is that of hard ones; here: "
               f"{', '.join(grows) or 'none'})", REPRODUCED if grows else NOT_REPRODUCED, plate["hard"]),
     ]  # fmt: skip

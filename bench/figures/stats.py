@@ -24,25 +24,34 @@ Statistic = Callable[[int, np.ndarray], float]
 
 def pooled(sizes: Sequence[int], statistic: Statistic, samples: int = SAMPLES) -> dict[str, Any]:
     """{mean, lo, hi, seeds: [{mean, lo, hi, n}]} of a statistic of `sizes[s]` rows in seed s."""
+    draws = np.random.default_rng(0)
+    whole = [statistic(s, np.arange(n)) for s, n in enumerate(sizes) if n]
+    within = [[statistic(s, draws.integers(0, n, n)) for _ in range(samples)] for s, n in enumerate(sizes) if n]
+    return _combined(sizes, whole, np.array(within), draws)
+
+
+def means(values: Sequence[Sequence[float]], samples: int = SAMPLES) -> dict[str, Any]:
+    """`pooled` mean of each seed's values."""
+    draws = np.random.default_rng(0)
+    arrays = [np.asarray(row, dtype=np.float64) for row in values if len(row)]
+    within = [row[draws.integers(0, len(row), (samples, len(row)))].mean(1) for row in arrays]
+    return _combined([len(row) for row in values], [row.mean() for row in arrays], np.array(within), draws)
+
+
+def _combined(
+    sizes: Sequence[int], whole: Sequence[float], within: np.ndarray, draws: np.random.Generator
+) -> dict[str, Any]:
+    """Values of the seeds [S] and of their resamples [S, samples] -> the estimate."""
     if not all(sizes):
         raise Nothing("no rows on some seed")
-    draws = np.random.default_rng(0)
-    whole = [statistic(s, np.arange(n)) for s, n in enumerate(sizes)]
-    within = np.array([[statistic(s, draws.integers(0, n, n)) for _ in range(samples)] for s, n in enumerate(sizes)])
-    chosen = draws.integers(0, len(sizes), (len(sizes), samples))
+    chosen = draws.integers(0, len(sizes), within.shape)
     both = np.take_along_axis(within, chosen, axis=0).mean(0)
     seeds = [
-        dict(zip(("mean", "lo", "hi", "n"), (value, *np.nanquantile(row, [0.025, 0.975]).tolist(), n), strict=True))
+        dict(zip(("mean", "lo", "hi", "n"), (value, *np.quantile(row, [0.025, 0.975]).tolist(), n), strict=True))
         for value, row, n in zip(map(float, whole), within, sizes, strict=True)
     ]
-    lo, hi = np.nanquantile(both, [0.025, 0.975]).tolist()
+    lo, hi = np.quantile(both, [0.025, 0.975]).tolist()
     return {"mean": float(np.mean(whole)), "lo": lo, "hi": hi, "seeds": seeds}
-
-
-def means(values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """`pooled` mean of each seed's values."""
-    arrays = [np.asarray(row, dtype=np.float64) for row in values]
-    return pooled([len(row) for row in arrays], lambda s, rows: float(arrays[s][rows].mean()))
 
 
 def differences(first: Sequence[dict[str, list]], second: Sequence[dict[str, list]], column: str) -> dict[str, Any]:
