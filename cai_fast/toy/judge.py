@@ -19,7 +19,7 @@ from cai_fast.toy.corpus import Sample, Writer
 from cai_fast.toy.pretrain import Recipe, ToyTokenizer, train
 from cai_fast.toy.world import Answer, Request
 
-MIXTURE = {"judge": 0.5, "cot": 0.4, "other": 0.1}  # other: the base model's own corpus
+MIXTURE = {"judge": 0.5, "cot": 0.4, "other": 0.1}  # other: what the base model learned besides
 DISAGREEING = 0.8  # share of the questions about one category whose answers differ in opposite ways in categories
 TIED = 0.3  # of the pairs that a question cannot tell apart, so many are asked about all the same
 LETTER = 10.0  # loss weight
@@ -62,8 +62,10 @@ def sample(seed: int, number: int) -> Sample:
     """Sample `number` of the judge's corpus of `seed`."""
     rng = random.Random(f"toy/judge/{seed}/{number}")
     kind = str(corpus.draw(rng, MIXTURE))
-    if kind == "other":
-        return corpus.sample(seed, rng.randrange(corpus.EARLY, 10**9))
+    while kind == "other":
+        other = corpus.sample(seed, rng.randrange(corpus.EARLY, 10**9))
+        if other.kind not in MIXTURE:  # the base model's questions have wrong answers among them
+            return other
     request = corpus.draw_request(rng, rng.random() < 0.9)
     principle = rng.choice(corpus.toy_prompts().constitution.principles)
     a, b = pair(rng, request, principle)
