@@ -22,6 +22,7 @@ from bench.forks import Forks, Run
 from cai_fast.files import write_atomic
 from cai_fast.records import content_id
 
+BAR = "{percentage:3.0f}% of the work|{bar}| {elapsed}, ETA {remaining}{postfix}"
 BUSY, PATIENCE, TRIES = "another process is using this run folder", 2.0, 30  # of a suite that was just stopped
 
 
@@ -133,7 +134,7 @@ class Suite:
             for forks in parents:
                 idle.put(forks)
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
-            bar = stack.enter_context(tqdm(total=total, desc="jobs, by their costs", unit="s"))
+            bar = stack.enter_context(tqdm(total=round(total), bar_format=BAR))
             try:
                 return self._all(missing, pool, idle, bar)
             finally:  # when their pipes are closed, the parents stop what they have started

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.figures import measures
 from cai_fast import config, train
+from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
 from cai_fast.rundir import RunDir
 
@@ -29,7 +30,11 @@ def main(words: list[str]) -> int:
     run, began = Path(order["run"]), time.process_time()
     run.parent.mkdir(parents=True, exist_ok=True)
     if order["fork"] and not run.exists():
-        fork(Path(order["parent"]), run, order["words"], order["fork"])
+        try:
+            fork(Path(order["parent"]), run, order["words"], order["fork"])
+        except InputError as error:
+            print(f"error: {error}")
+            return train.BAD_INPUT
     if order["words"] and (code := train.main([*order["words"], "--run-dir", str(run)])):
         return code
     measured = {name: getattr(measures, name)(run, **given) for name, given in order["measure"]}
