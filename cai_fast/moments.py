@@ -100,14 +100,13 @@ class Moments:
         return [policy, layout.trained("rl", "pm_init" if critic == "pm" else "base", "score")]
 
     def _beside_policy(self) -> Memory:
-        """The frozen models of stage rl: reference, preference model, and the engine's copy of a sharded policy."""
-        layout = self.layout
+        """The frozen models of stage rl: reference, preference models, and the engine's copy of a sharded policy."""
+        layout, scorers = self.layout, 2 if self.config.guards.pm_eval_every else 1
         if layout.rank:  # one trunk is the reference, and under adapters everything else
             sizes = layout.shape("base")
-            return Memory(
-                "", layout.frozen("base") + (layout.adapters(sizes) + sizes.config.hidden_size) * layout.width
-            )
-        weights = layout.frozen("base", sharded=layout.sharded) + layout.frozen("pm_init", "score")
+            scorer = (layout.adapters(sizes) + sizes.config.hidden_size) * layout.width
+            return Memory("", layout.frozen("base") + scorers * scorer)
+        weights = layout.frozen("base", sharded=layout.sharded) + scorers * layout.frozen("pm_init", "score")
         return Memory("", weights + (layout.frozen("base") if layout.sharded else 0.0))
 
     def _rl(self) -> list[Memory]:

@@ -1,7 +1,8 @@
 """`--check`, and the first thing every run does: validate every input before any work starts."""
 
 from cai_fast import capacity, pipeline, plan, readers
-from cai_fast.config import Config, HardwareConfig
+from cai_fast.config import Config
+from cai_fast.config_sections import HardwareConfig
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.errors import InputError

@@ -270,13 +270,14 @@ def passes(config: Config, counts: dict[str, int]) -> dict[str, Passes]:
     pairs = limit(config.compare.num_prompts, counts["red_team"]) * config.compare.pairs_per_prompt
     rollouts = rl.prompts_per_step * rl.samples_per_prompt * (prompt + rl.max_new_tokens)
     networks = 3 if rl.critic == "detached" else 4  # preference model, policy, reference, a critic of its own
+    judged = -(-(rl.steps + 1) // config.guards.pm_eval_every) if config.guards.pm_eval_every else 0
     red_team, answered = held_out(config, counts)
     answers = 3 * answered * (prompt + config.evaluate.max_new_tokens)
     return dict.fromkeys(config.stages, Passes()) | {
         "base": Passes(config.base.steps * config.base.tokens_per_step),
         "sft": Passes(examples * answer * config.sft.epochs),
         "pm": Passes(2 * (pairs + counts["preferences"]) * (prompt + config.compare.max_new_tokens) * config.pm.epochs),
-        "rl": Passes(rl.steps * rollouts * rl.epochs, (rl.steps + 1) * rollouts * networks),
+        "rl": Passes(rl.steps * rollouts * rl.epochs, ((rl.steps + 1) * networks + judged) * rollouts),
         # Preference scores of answers and revisions, and the divergence of two models on the answers.
         "evaluate": Passes(0, 3 * answers + (revise.rounds + 1) * red_team * answer),
     }

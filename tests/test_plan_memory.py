@@ -102,7 +102,7 @@ def test_the_peak_of_iterations_of_ppo(words: str, tmp_path: Path) -> None:
     """The plan takes every row for an answer's, and here half of them are a prompt's: it is up to 15 % above."""
     rows = 8
     sizes = f"--rl.prompts_per_step {rows} --rl.micro_tokens {rows * LENGTH // 2} --rl.epochs 1 --engine.max_batch 8"
-    cfg = small(tmp_path, f"{sizes} --rl.critic {words}")
+    cfg = small(tmp_path, f"{sizes} --guards.pm_eval_every 0 --rl.critic {words}")
     made = actors(cfg, shaped(), "cpu")
     engine, answered = answers(cfg, made.ppo, LENGTH)
     with LiveBytes([*made.weights, engine._cache.kv]) as live:
@@ -135,6 +135,7 @@ def test_the_peak_on_a_gpu_is_the_plans(stage: str, words: str, tmp_path: Path) 
         f"--sft.batch_tokens {2 * tokens} --sft.micro_tokens {tokens} --pm.batch_pairs 16 --pm.micro_tokens {tokens}"
     )
     sizes += f" --rl.prompts_per_step 32 --rl.micro_tokens {tokens} --rl.epochs 1 --rl.critic pm --engine.max_batch 32"
+    sizes += " --guards.pm_eval_every 0"
     cfg = settings(tmp_path, shape, length, f"{sizes} {words}")
     here = machine(HardwareConfig(), "cuda")
     torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from cai_fast.checkpoint import Checkpoints
 from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
 from cai_fast.planner import Planner
-from cai_fast.ppo import Ppo
+from cai_fast.policy_gradient import PolicyGradient
 from cai_fast.rundir import RunDir
 from cai_fast.stages import pm, rl, sft
 from cai_fast.tokenizer import Tokenizer
@@ -88,15 +88,15 @@ def test_snapshots_are_the_policies_of_their_iterations(
 
 def do_until(ctx: Context, step: int) -> None:
     """Stage rl, killed as it measures the answers of an iteration."""
-    real = Ppo.measure
+    real = PolicyGradient.measure
 
-    def dying(ppo: Ppo, examples: Any, now: int, *rest: Any) -> Any:
+    def dying(ppo: PolicyGradient, examples: Any, now: int, *rest: Any) -> Any:
         if now == step:
             raise Killed
         return real(ppo, examples, now, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ppo, "measure", dying)
+        patch.setattr(PolicyGradient, "measure", dying)
         with pytest.raises(Killed):
             do(ctx, rl)
 

@@ -17,10 +17,10 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import config, distributed, losses, model, pipeline, readers, records, sampler
+from cai_fast import comparisons, config, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
 from cai_fast.checkpoint import Checkpoints
-from cai_fast.config_sections import RlConfig
+from cai_fast.config_sections import PmConfig
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
@@ -169,20 +169,24 @@ def test_sft_trains_on_the_chosen_revisions(trained: Context) -> None:
 
 def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
     renderer = trained.renderer("pm_init")
-    helpful, rejected = pm.helpful_pairs(trained, renderer)
-    pairs = pm.harmless_pairs(trained, renderer) + helpful
+    helpful, rejected = comparisons.helpful_pairs(trained, renderer, "pm_init")
+    pairs = comparisons.harmless_pairs(trained, renderer) + helpful
     assert rejected == {"over_long": 0, "held_out": 0}
     assert len(pairs) == 30 + 40
     sides: dict[str, set[tuple[str, bool]]] = {}
     for p in pairs:
         sides.setdefault(p.turns[0].text, set()).add(p.side(0.2))
     assert all(len(side) == 1 for side in sides.values())
-    assert {side for group in sides.values() for side in group} == {(n, h) for n in pm.MODELS for h in (True, False)}
+    assert {side for group in sides.values() for side in group} == {
+        (n, h) for n in comparisons.HALVES for h in (True, False)
+    }
     assert all(ids[-1] == renderer.tokenizer.eoc_id for p in pairs for ids in (p.ids_a, p.ids_b))
     summary = trained.run.record("pm")["summary"]
-    counted = [summary[n]["trained_on"][k] + summary[n][k]["count"] for n in pm.MODELS for k in pm.KINDS]
+    counted = [
+        summary[n]["trained_on"][k] + summary[n][k]["count"] for n in comparisons.HALVES for k in comparisons.KINDS
+    ]
     assert sum(counted) == 70
-    assert all(0 <= summary[n][k]["accuracy"] <= 1 for n in pm.MODELS for k in pm.KINDS)
+    assert all(0 <= summary[n][k]["accuracy"] <= 1 for n in comparisons.HALVES for k in comparisons.KINDS)
     steps = [row["step"] for row in rows_of(trained, "pm")]
     assert steps == list(range(len(steps)))
 
@@ -190,7 +194,7 @@ def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
 def test_evaluation_prompts_stay_out_of_the_preference_models(tmp_path: Path, base: Path) -> None:
     ctx = open_run(tmp_path / "run", base, data__eval_fraction=0.3)
     with contextlib.closing(ctx.run):
-        pairs, counts = pm.helpful_pairs(ctx, ctx.renderer("pm_init"))
+        pairs, counts = comparisons.helpful_pairs(ctx, ctx.renderer("pm_init"), "pm_init")
     sides = [readers.encode_split(f"help me {i}", 0.3) for i in range(40)]
     assert [p.turns[0].text for p in pairs] == [f"help me {i}" for i, side in enumerate(sides) if side == "train"]
     assert counts["held_out"] == sides.count("eval") > 0
@@ -336,13 +340,14 @@ def test_bf16_weights_and_moments_resume_to_the_same_bits(tmp_path: Path, base: 
     ctx.run.close()
 
 
-@pytest.mark.parametrize(("setting", "value", "message"), [
-    ("rl__max_kl", 1e-9, "KL to SL-CAI"), ("rl__min_entropy", 50.0, "entropy"), ("rl__lr", 1e30, "not finite"),
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"guards__max_kl": 1e-9}, "KL to SL-CAI"), ({"rl__lr": 1e30}, "not finite"),
+    ({"guards__entropy": "stop", "guards__min_entropy": 50.0}, "entropy"),
 ])  # fmt: skip
 def test_guards_leave_a_usable_policy(
-    tmp_path: Path, base: Path, trained: Context, setting: str, value: float, message: str
+    tmp_path: Path, base: Path, trained: Context, settings: dict[str, Any], message: str
 ) -> None:
-    ctx = open_run(tmp_path / "run", base, **{setting: value})
+    ctx = open_run(tmp_path / "run", base, guards__pm_eval_every=0, **settings)
     for name, stage in (("sl_cai", "sft"), ("pm", "pm")):
         trained_folder = trained.checkpoint(name)
         (ctx.run.path("checkpoints")).mkdir(exist_ok=True)
@@ -362,21 +367,12 @@ def test_guards_leave_a_usable_policy(
 
 def test_harmlessness_only_data_is_refused_unless_asked_for(tmp_path: Path, base: Path, trained: Context) -> None:
     ctx = open_run(tmp_path / "run", base, pm__harmless_only=True, data__preferences="")
-    empty = Context(dataclasses.replace(ctx.config, pm=config.PmConfig()), ctx.run, ctx.log, ctx.dist, ctx.constitution)
-    with pytest.raises(InputError, match="teaches refusals"):
+    empty = Context(dataclasses.replace(ctx.config, pm=PmConfig()), ctx.run, ctx.log, ctx.dist, ctx.constitution)
+    with pytest.raises(InputError, match="teach refusals"):
         pm.run(empty)
     do(ctx, pm)
     ctx.run.close()
     assert ctx.run.record("pm")["summary"]["pairs"] == {"harmless": 30}
-
-
-def test_guard_against_refusals_looks_at_each_kind_of_prompt() -> None:
-    values = {"rl/reward": 0.0, "rl/kl_exact": 1.0, "rl/entropy": 1.0, "rl/refusal_rate_helpful": 0.0}
-    for rate, limit, stops in ((0.8, 0.5, True), (0.4, 0.5, False), (1.0, 1.0, False), (float("nan"), 0.5, False)):
-        loop = SimpleNamespace(cfg=RlConfig(max_refusal_rate=limit))
-        reason = rl.Loop.guard(loop, values | {"rl/refusal_rate_red_team": rate})
-        assert bool(reason) == stops
-        assert not stops or "80% of red_team answers refuse" in reason
 
 
 def test_prompt_stream_mixes_and_covers(trained: Context) -> None:
@@ -390,7 +386,7 @@ def test_prompt_stream_mixes_and_covers(trained: Context) -> None:
 
 
 def test_agreement_by_hand() -> None:
-    result = pm.agreement([2.0, -1.0, 0.0, 3.0], [0.9, 0.8, 0.2, 0.5])
+    result = comparisons.agreement([2.0, -1.0, 0.0, 3.0], [0.9, 0.8, 0.2, 0.5])
     assert result["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert (result["sided"], result["count"]) == (3, 4)
-    assert pm.agreement([1000.0, -1000.0], [1.0, 0.0])["ece"] == 0
+    assert comparisons.agreement([1000.0, -1000.0], [1.0, 0.0])["ece"] == 0

@@ -18,7 +18,7 @@ from cai_fast.files import write_atomic
 from cai_fast.measure import Answer, Verdict
 from cai_fast.pipeline import TOY, Context
 from cai_fast.readers import Question
-from cai_fast.records import Comparison, Label, Prompt
+from cai_fast.records import Comparison, Label, PolicyAnswer, Prompt
 from cai_fast.scorer import Scorer
 
 OUTPUTS = ("evaluation.json", "answers.jsonl", "tokens/answers.safetensors")
@@ -200,7 +200,7 @@ class Evaluation:
         columns["kl"] = self.kl[policy][group]
         return columns
 
-    def rows(self) -> tuple[list[dict[str, Any]], dict[str, tuple[list[int], None]]]:
+    def rows(self) -> tuple[list[PolicyAnswer], dict[str, tuple[list[int], None]]]:
         """The rows of answers.jsonl, each with its own metrics, and the answers' tokens."""
         rows, tokens = [], {}
         for policy, groups in self.answers.items():
@@ -209,8 +209,7 @@ class Evaluation:
                 for n, a in enumerate(answers):
                     identity = records.content_id("answer", policy, a.prompt.id)
                     metrics = {name: values[n] for name, values in columns.items()}
-                    rows.append({"id": identity, "prompt_id": a.prompt.id, "policy": policy, "response": a.text,
-                                 "metrics": metrics, "provenance": a.provenance})  # fmt: skip
+                    rows.append(PolicyAnswer(identity, a.prompt.id, policy, a.text, metrics, a.provenance))
                     tokens[identity] = (a.token_ids, None)
         return rows, tokens
 
