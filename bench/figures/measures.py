@@ -116,8 +116,10 @@ def sample(ctx: Context, folder: Path, model: Any, prompts: Sequence[Prompt]) ->
 
 
 def snapshots(run: Path, every: int, steps: int, **given: Any) -> Any:
-    """`policies` of the snapshots that rl took every so many iterations, by iteration, and of its last policy."""
+    """`policies` of the snapshots that rl took every so many iterations, by iteration, and of its last policy; without
+    those that a guard's stop left out."""
     names = {str(step): f"rl_cai_step_{step:05d}" for step in range(every, steps, every)} | {str(steps): "rl_cai"}
+    names = {step: name for step, name in names.items() if (run / "checkpoints" / name).is_dir()}
     measured = policies(run, list(names.values()), **given)
     return {step: measured[name] for step, name in names.items()}
 

@@ -65,7 +65,7 @@ def policy_panels(
 def labelled(world: World, name: str) -> Job:
     """RL for long, on labels made in one of the ways."""
     judge = {"model.judge": world.judge} if world.toy else {}
-    settings = judge | LABELS[name] | {"rl.schedule": "constant", "rl.max_kl": 0, "rl.max_refusal_rate": 1}
+    settings = judge | LABELS[name] | {"rl.schedule": "constant", "guards.kl": "off", "guards.refusals": "off"}
     if "label.cot" in LABELS[name]:
         settings["label.cot_max_new_tokens"] = 48 if world.toy else 256
     needs = [world.judge_job()] if world.toy else []
@@ -113,7 +113,7 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
 
 
 def weighted(world: World, weight: float) -> Job:
-    return world.rl(f"weight_{weight:g}", {"pm.harmless_weight": weight, "rl.max_kl": 0}, fork="pm", cost=75)
+    return world.rl(f"weight_{weight:g}", {"pm.harmless_weight": weight, "guards.kl": "off"}, fork="pm", cost=75)
 
 
 def weight_jobs(world: World) -> list[Job]:
@@ -145,7 +145,7 @@ def weight(results: Sequence[Results]) -> dict[str, Any]:
 
 
 def tuned(world: World, coef: float) -> Job:
-    return world.rl(f"kl_coef_{coef:g}", {"rl.kl_coef": coef, "rl.max_kl": 0}, cost=45)
+    return world.rl(f"kl_coef_{coef:g}", {"rl.kl_coef": coef, "guards.kl": "off"}, cost=45)
 
 
 def frontier_jobs(world: World) -> list[Job]:

@@ -135,7 +135,7 @@ class World:
         if every:
             settings |= {"rl.snapshot_every": every}
             measure = [("snapshots", {"every": every, "steps": steps} | self.answers())]
-        measure.append(("training", {"names": ["rl/reward", "rl/score", "rl/kl_exact", "rl/refusal_rate", "rl/guard"]}))
+        measure.append(("training", {"names": ["rl/score", "rl/kl_exact", "rl/pm_gain", "rl/pm_eval_gain"]}))
         stages = ",".join(UPSTREAM.split(",")[UPSTREAM.split(",").index(fork) :] if fork != "rl" else []) + ",rl"
         return self.job(name, stages.strip(","), settings, needs=[self.main(), *needs], fork=fork, measure=measure,
                         cost=cost, config=config)  # fmt: skip
