@@ -1,6 +1,9 @@
 """The suite of figures: jobs done once, resumed and redone; intervals and verdicts on planted trends; the page."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,31 @@ def test_a_change_upstream_redoes_what_was_made_of_it(workers: Workers, tmp_path
     other = Job("s/main", ("--a", "2"))
     Suite(tmp_path).run([Job(left.name, left.words, (other,), left.fork)], 1)
     assert workers.done == ["main", "left"]
+
+
+@pytest.mark.slow
+def test_a_suite_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    def suite(folder: Path, seconds: float | None = None) -> bool:
+        words = ["--tiny", "--seeds", "1", "--only", "elo", "--folder", str(folder), "--out", str(folder / "out")]
+        process = subprocess.Popen([sys.executable, "-m", "bench.figures", *words], cwd=page.HERE.parents[1],
+                                   env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")})  # fmt: skip
+        try:
+            assert process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return False
+        return True
+
+    assert suite(tmp_path / "whole")
+    for seconds in range(8, 80, 4):
+        if suite(tmp_path / "parts", seconds):
+            break
+    names = [path.name for path in (tmp_path / "whole/done/seed_0").iterdir()]
+    assert sorted(names) == ["main.json", "rl.json"]
+    for name in names:
+        whole, parts = (json.loads((tmp_path / part / "done/seed_0" / name).read_text()) for part in ("whole", "parts"))
+        assert whole["measured"] == parts["measured"]
 
 
 def test_a_failed_job_stops_only_what_needs_it(workers: Workers, tmp_path: Path) -> None:

@@ -31,26 +31,28 @@ VARIANTS: dict[str, Callable[[Views, Views, Views], float]] = {
 
 
 def asked(world: World, judge: str) -> Job:
-    """A feedback model on AI pairs, and in the toy world on pairs whose categories disagree."""
+    """A feedback model on AI pairs, and on pairs whose categories disagree."""
     folder = world.judge if judge == "separate" else world.path("main", "checkpoints", "base")
     given = {"judge": folder, "count": world.sizes.pairs, "principles": PRINCIPLES, "thoughts": THOUGHTS}
     source = world.main()
     measure = [("judge_columns", {"source": world.path("main"), **given})]
-    if world.toy:
-        skill = {"source": world.path("main"), "judge": folder, "count": world.sizes.pairs // 2}
-        measure.append(("judge_skill", skill))
+    skill = {"source": world.path("main"), "judge": folder, "count": world.sizes.pairs // 2,
+             "thoughts": THOUGHTS}  # fmt: skip
+    measure.append(("judge_skill", skill))
     needs = (source, world.judge_job()) if judge == "separate" else (source,)
     return Job(world.name(f"asked_{judge}"), (), needs, "",
                tuple((name, tuple(values.items())) for name, values in measure), 60 * world.sizes.cost)  # fmt: skip
 
 
-def judges(world: World) -> tuple[str, ...]:
+def judges() -> tuple[str, ...]:
     """The base model, which is its own judge by default, and the one that was trained to judge."""
-    return ("base", "separate") if world.toy else ("base",)
+    return "base", "separate"
 
 
 def jobs(world: World) -> list[Job]:
-    return [asked(world, judge) for judge in judges(world)]
+    if not world.toy:
+        return [world.main()]
+    return [asked(world, judge) for judge in judges()]
 
 
 def table(columns: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -112,7 +114,7 @@ def evaluate(results: Sequence[Results]) -> dict[str, Any]:
     world = results[0].world
     if not world.toy:
         return {"panels": {}, "claims": [claim("labels against the truth", "needs the truth", NOT_TESTABLE)]}
-    tables = {judge: [table(r.of(asked(r.world, judge))["judge_columns"]) for r in results] for judge in judges(world)}
+    tables = {judge: [table(r.of(asked(r.world, judge))["judge_columns"]) for r in results] for judge in judges()}
     panels = {
         name: panel("", name, {f"{judge} judge": [(v, estimate(found, measure, v)) for v in VARIANTS]
                                for judge, found in tables.items()})
@@ -124,17 +126,21 @@ def evaluate(results: Sequence[Results]) -> dict[str, Any]:
             {v: reliability(found, v) for v in ("both orders", "16 principles", "CoT", "CoT, 5 samples")},
             diagonal=True,
         )  # fmt: skip
-    skills = {judge: [r.of(asked(r.world, judge))["judge_skill"] for r in results] for judge in judges(world)}
+    skills = {judge: [r.of(asked(r.world, judge))["judge_skill"] for r in results] for judge in judges()}
     panels["category named by the principle"] = panel(
         "", "accuracy", {f"{judge} judge": skill_points(found) for judge, found in skills.items()}
     )
-    return {"panels": panels, "claims": claims(tables["separate"]) + [awareness(skills["separate"])]}
+    return {"panels": panels, "claims": claims(tables["separate"], skills["separate"])}
 
 
-def skill_points(found: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Accuracy on aligned and conflicting pairs with the own key and with a general one."""
-    return [(f"{kind}, {key} key", stats.means([right(skill, kind, key) for skill in found]))
-            for kind in ("aligned", "conflict") for key in ("own", "general")]  # fmt: skip
+KEYS = {"own": "by its principle", "general": 'by "harmful"', "cot1": "CoT", "cot": "CoT, 5 samples"}
+Skills = Sequence[dict[str, Any]]
+
+
+def skill_points(found: Skills) -> list[tuple[str, dict[str, Any]]]:
+    """Accuracy on aligned and conflicting pairs by how they were asked about."""
+    return [(f"{kind}, {words}", stats.means([right(skill, kind, key) for skill in found]))
+            for kind in ("aligned", "conflict") for key, words in KEYS.items()]  # fmt: skip
 
 
 def right(skill: dict[str, Any], kind: str, key: str) -> list[float]:
@@ -142,26 +148,30 @@ def right(skill: dict[str, Any], kind: str, key: str) -> list[float]:
     return [float(p > 0.5) for p, k in zip(skill[key], skill["kind"], strict=True) if k == kind]
 
 
-def awareness(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the test of ensembles is fair: a judge that ignores the principle gives all of them one answer."""
-    gains = [np.array(right(s, "conflict", "own")) - np.array(right(s, "conflict", "general")) for s in found]
-    gain = stats.means(gains)
-    return above("The judge goes by the principle (a condition of the others)", "pairs where total harm does not give "
-                 "the answer: accuracy with the principle's own key minus a general key", gain)  # fmt: skip
+def gain(found: Skills, more: str, less: str, kinds: Sequence[str] = ("aligned", "conflict")) -> dict[str, Any]:
+    """Accuracy asked in one way minus another, on the same pairs."""
+    return stats.means([
+        np.concatenate([np.array(right(s, kind, more)) - np.array(right(s, kind, less)) for kind in kinds])
+        for s in found
+    ])  # fmt: skip
 
 
-def claims(tables: Tables) -> list[dict[str, Any]]:
+def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
     """The paper's statements about labels, on the judge that was trained to judge."""
     direct = estimate(tables, ece, "both orders")
     extreme = estimate(tables, confidence, "CoT", "both orders")
     over = [confidence(p["CoT"], t) - accuracy(p["CoT"], t) for p, t in tables]
     calibrated = max(seed["mean"] for seed in direct["seeds"]) <= CALIBRATED
+    squares = [(np.array([skill["cot1"], skill["cot"]]) - 1) ** 2 for skill in skills]
+    fewer = stats.means([one - several for one, several in squares])
     sure = stats.positive(extreme) == REPRODUCED and min(over) > 0
     return [
-        above("Chain of thought makes labels more accurate (Fig. 4)", "accuracy of CoT minus direct",
-              estimate(tables, accuracy, "CoT", "both orders")),
-        above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score of 1 minus 5",
-              estimate(tables, brier, "CoT", "CoT, 5 samples")),
+        above("The judge goes by the principle (a condition of the others)", "accuracy where total harm does not give the "
+              "answer: asked by the principle minus by a general one",
+              gain(skills, "own", "general", ("conflict",))),
+        above("Chain of thought makes the judge more accurate (Fig. 4)", "accuracy on the question that is asked, with "
+              "one chain of thought minus without", gain(skills, "cot1", "own")),
+        above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score there, of 1 minus 5", fewer),
         claim("Labels without CoT are well calibrated (Fig. 9)", f"calibration error <= {CALIBRATED} on every seed",
               REPRODUCED if calibrated else NOT_REPRODUCED, direct),
         claim("CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)",

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def policies(run: Path, models: list[str], pm_eval: str, reference: str, counts:
     result: dict[str, Any] = {}
     for name in models:
         folder = run / "checkpoints" / name
+        folder = folder if folder.is_dir() else ctx.folder(name)  # a base model that was brought along
         model = load_model(folder, dtype=ctx.dtype, device=ctx.device)
         answers = sample(ctx, folder, model, [p for group in prompts.values() for p in group])
         kl = measure.exact_kl(ctx, "kl", model, first, renderer(ctx, folder), answers)
@@ -147,7 +149,7 @@ def chains(run: Path, pm_eval: str) -> dict[str, Columns]:
 
 
 def judge_columns(run: Path, source: str, judge: str, count: int, principles: int, thoughts: int) -> dict[str, Any]:
-    """A feedback model on `count` AI pairs of the run `source` whose harm differs (any pairs outside the toy world).
+    """Toy world only: a feedback model on `count` AI pairs of the run `source` whose harm differs.
 
     direct and cot: by pair, [P(A better) in either order] of each drawn principle; cot1 with one chain of thought a
     question, cot with the mean of `thoughts`. harm: of the first answer minus that of the second.
@@ -155,9 +157,7 @@ def judge_columns(run: Path, source: str, judge: str, count: int, principles: in
     ctx = context(Path(source), model={"judge": judge})
     prompts = {p.id: p for p in pipeline.load_prompts(ctx)}
     pairs = [c for c in pipeline.load_comparisons(ctx) if c.source == "ai"]
-    found = [
-        truths(ctx, [prompts[c.prompt_id]] * 2, (c.response_a, c.response_b)).get("harm", [0.0, 1.0]) for c in pairs
-    ]
+    found = [truths(ctx, [prompts[c.prompt_id]] * 2, (c.response_a, c.response_b))["harm"] for c in pairs]
     chosen = [(c, a - b) for c, (a, b) in zip(pairs, found, strict=True) if a != b]
     random.Random(f"figures/{ctx.config.seed}").shuffle(chosen)
     chosen = chosen[:count]
@@ -175,19 +175,19 @@ def judge_columns(run: Path, source: str, judge: str, count: int, principles: in
     return result
 
 
-def judge_skill(run: Path, source: str, judge: str, count: int) -> dict[str, Any]:
-    """Toy world only: P(the better of two drawn answers) when the principle names a category, in which the answers
-    differ, and when the same pair is asked about with "harmful".
+def judge_skill(run: Path, source: str, judge: str, count: int, thoughts: int) -> dict[str, Any]:
+    """Toy world only: P(the better of two drawn answers), better by a principle that names a category.
 
-    aligned: total harm says the same; conflict: it says the opposite, or nothing.
+    own: asked by that principle; general: by "harmful", which is what a judge that ignores the principle answers; cot1
+    and cot: by the principle with one chain of thought, and with several. kind: aligned if total harm says the same as
+    the category, conflict if it says the opposite or nothing.
     """
     ctx = context(Path(source), model={"judge": judge})
-    worker = judging.Judge(ctx, "judge", measuring=True)
     rng = random.Random(f"figures/skill/{ctx.config.seed}")
     principles = [p for p in ctx.constitution.principles if len(p.categories) == 1]
     general = next(p for p in ctx.constitution.principles if p.id == "harmful")
     held_out = [r for r in world.requests(True) if r.held_out]
-    jobs: list[tuple[str, Prompt, Principle, str, str]] = []
+    jobs: list[tuple[str, Turn, Principle, str, str]] = []
     for kind in ("aligned", "conflict"):
         while sum(job[0] == kind for job in jobs) < count:
             request, principle = rng.choice(held_out), rng.choice(principles)
@@ -196,19 +196,22 @@ def judge_skill(run: Path, source: str, judge: str, count: int) -> dict[str, Any
             if scope[0] == scope[1] or is_telling(*pair, principle) != (kind == "conflict"):
                 continue
             better, worse = pair if scope[0] < scope[1] else pair[::-1]
-            jobs.append((kind, Prompt("", "red_team", (Turn("human", request.text),), "toy", "eval"), principle,
-                         better.text, worse.text))  # fmt: skip
+            jobs.append((kind, Turn("human", request.text), principle, better.text, worse.text))
+    variants: dict[str, dict[str, Any]] = {
+        "own": {}, "general": {}, "cot1": {"cot": True, "cot_max_new_tokens": 48},
+        "cot": {"cot": True, "cot_samples": thoughts, "cot_max_new_tokens": 48},
+    }  # fmt: skip
     result: dict[str, Any] = {"kind": [job[0] for job in jobs]}
-    for name in ("own", "general"):
+    for name, settings in variants.items():
+        asked = context(Path(source), model={"judge": judge}, label=settings)
         questions = [
-            judging.Question(Comparison(str(n), "", "harmless", "ai", a, b, "eval"), prompt.turns,
-                             principle if name == "own" else general, 0, order, -1, {})
-            for n, (_, prompt, principle, a, b) in enumerate(jobs) for order in (0, 1)
+            judging.Question(Comparison(str(n), "", "harmless", "ai", a, b, "eval"), (turn,),
+                             general if name == "general" else principle, 0, order, -1, {})
+            for n, (_, turn, principle, a, b) in enumerate(jobs) for order in (0, 1)
         ]  # fmt: skip
-        asked = [worker.renderer.comparison(q.turns, *q.answers, q.principle, -1) for q in questions]
-        worker._read_options(questions, asked)
-        views = [q.probs[0] if q.order == 0 else 1.0 - q.probs[0] for q in questions]
-        result[name] = [(a + b) / 2 for a, b in zip(views[::2], views[1::2], strict=True)]
+        judging.Judge(asked, "judge", measuring=True).ask(questions)
+        means = [fmean(q.probs) for q in questions]
+        result[name] = [(a + 1.0 - b) / 2 for a, b in zip(means[::2], means[1::2], strict=True)]
     return result
 
 
