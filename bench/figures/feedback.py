@@ -166,8 +166,8 @@ def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
     fewer = stats.means([one - several for one, several in squares])
     sure = stats.positive(extreme) == REPRODUCED and min(over) > 0
     return [
-        above("The judge goes by the principle (a condition of the others)", "accuracy where total harm does not give the "
-              "answer: asked by the principle minus by a general one",
+        above("The judge goes by the principle (a condition of the others)", "accuracy where total harm does not give "
+              "the answer: asked by the principle minus by a general one",
               gain(skills, "own", "general", ("conflict",))),
         above("Chain of thought makes the judge more accurate (Fig. 4)", "accuracy on the question that is asked, with "
               "one chain of thought minus without", gain(skills, "cot1", "own")),
