@@ -216,6 +216,13 @@ def test_one_seed_that_disagrees_spoils_a_trend() -> None:
     assert verdicts(supervised.revisions(results))[:2] == [NOT_REPRODUCED] * 2
 
 
+def test_a_positive_number_needs_every_seed() -> None:
+    def verdict(*means: float) -> str:
+        return stats.positive({"lo": 0.1, "seeds": [{"mean": mean} for mean in means]})
+
+    assert verdict(1, 2, 3) == REPRODUCED and verdict(1, 2, 3, 4, -0.1) == NOT_REPRODUCED
+
+
 def test_no_difference_is_told_from_a_difference_and_from_too_few_prompts() -> None:
     def result(one: float, noise: float) -> str:
         tables = {"": planted([0, 1, 2, 3, 4], noise, 0), "principles_general_1": planted([0, 1, 2, 3, one], noise, 1)}
