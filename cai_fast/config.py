@@ -61,6 +61,7 @@ class Config:
     lora: sections.LoraConfig = dataclasses.field(default_factory=sections.LoraConfig)
     parallel: sections.ParallelConfig = dataclasses.field(default_factory=sections.ParallelConfig)
     checkpoint: sections.CheckpointConfig = dataclasses.field(default_factory=sections.CheckpointConfig)
+    log: sections.LogConfig = dataclasses.field(default_factory=sections.LogConfig)
     hardware: sections.HardwareConfig = dataclasses.field(default_factory=sections.HardwareConfig)
     base: sections.BaseConfig = dataclasses.field(default_factory=sections.BaseConfig)
     revise: sections.ReviseConfig = dataclasses.field(default_factory=sections.ReviseConfig)

@@ -128,6 +128,15 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True)
+class LogConfig(Section):
+    """Copies of metrics.jsonl, which stays the record."""
+
+    section: ClassVar[str] = "log"
+    tensorboard: bool = opt(False, "also write TensorBoard's event files, to tensorboard/ in the run folder", work=True)
+    wandb: str = opt("", "Weights & Biases project to send metrics and settings to; empty: nothing is sent", work=True)
+
+
+@dataclass(frozen=True)
 class HardwareConfig(Section):
     """What --plan and --check assume instead of this machine."""
 
@@ -288,8 +297,8 @@ class ReportConfig(Section):
 SECTIONS: dict[str, type[Section]] = {
     cls.section: cls
     for cls in (
-        ModelConfig, DataConfig, EngineConfig, LoraConfig, ParallelConfig, CheckpointConfig, HardwareConfig, BaseConfig,
-        ReviseConfig, SftConfig, CompareConfig, LabelConfig, PmConfig, RlConfig, GuardsConfig, EvaluateConfig,
-        ReportConfig,
+        ModelConfig, DataConfig, EngineConfig, LoraConfig, ParallelConfig, CheckpointConfig, LogConfig, HardwareConfig,
+        BaseConfig, ReviseConfig, SftConfig, CompareConfig, LabelConfig, PmConfig, RlConfig, GuardsConfig,
+        EvaluateConfig, ReportConfig,
     )
 }  # fmt: skip

@@ -17,9 +17,9 @@ from typing import Any
 from cai_fast import replay, rng
 from cai_fast.constitution import Constitution
 from cai_fast.errors import InputError
+from cai_fast.hashing import hash_model
 from cai_fast.inputs import kind, parse_json
 from cai_fast.records import Comparison, Helpful, Label, PolicyAnswer, Prompt, Record, Revision, Rollout
-from cai_fast.rundir import hash_model
 from cai_fast.runfiles import RunFiles
 
 ROWS: dict[str, tuple[str, type[Record] | None]] = {  # kind -> file, type; None: rows as parsed
@@ -178,13 +178,17 @@ class Explainer:
     def _rollout(self, row: Row) -> Row:
         origin, record = row["provenance"], self.run.stages.get("rl", {}).get("summary", {})
         step = origin.get("policy_step")
-        kept = "SL-CAI's" if step == 0 else "rl_cai's" if step == record.get("iterations") else "not kept after the run"
         facts = {name: row[name] for name in ("id", "iteration", "sample", "response", "reward", "kl")}
         facts["tokens"] = self._count("rollout", row["id"])
-        facts["policy"] = {"updates": step, "weights": kept} if step is not None else UNRECORDED
+        facts["policy"] = UNRECORDED if step is None else {"iterations": step} | self._policy(step)
         facts["preference_model"] = self._model(origin.get("pm"), "pm")
         facts["reward_transform"] = {k: record.get(k, UNRECORDED) for k in ("reward_mean", "reward_deviation")}
         return facts
+
+    def _policy(self, step: int) -> Row:
+        """The checkpoint of the policy after so many iterations."""
+        role = self.run.policy(step)
+        return self._model(self.run.made_hash(role), role) if role else {"missing": "its weights were not exported"}
 
     def _answer(self, row: Row) -> Row:
         facts = {name: row[name] for name in ("id", "policy", "response", "metrics")}

@@ -104,8 +104,11 @@ def step_tokens(config: Config) -> dict[str, tuple[float, int, int]]:
         "base": (config.base.tokens_per_step, config.base.tokens_per_step, 0),
         "sft": (config.sft.batch_tokens, config.sft.micro_tokens, prompt + config.revise.max_new_tokens),
         "pm": (config.pm.batch_pairs * pair, config.pm.micro_tokens, pair),
-        "rl": (rollout / rl.minibatches, rl.micro_tokens, prompt + rl.max_new_tokens),
-    }
+        "rl": (
+            (rl.batch_pairs * pair, rl.micro_tokens, pair) if rl.algorithm == "dpo"
+            else (rollout / rl.minibatches, rl.micro_tokens, prompt + rl.max_new_tokens)
+        ),
+    }  # fmt: skip
 
 
 class Layout:

@@ -21,8 +21,9 @@ _KINDS = {  # name -> (stage that makes it, model that it starts from, what it i
     "sl_cai": ("sft", "base", "SL-CAI: the base model fine-tuned on AI revisions of its answers", "sft/loss"),
     "pm": ("pm", "pm_init", "The preference model that RL-CAI is trained against", "pm/loss"),
     "pm_eval": ("pm", "pm_init", "A preference model for evaluation, trained on other data", "pm_eval/loss"),
-    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by PPO against the preference model", "rl/reward"),
+    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by {} against the preference model", "rl/reward"),
 }
+_DPO = "RL-CAI: SL-CAI fitted by DPO to AI-labelled and helpfulness comparisons", "rl/loss"
 _DATA = """Red-team prompts ask for harmful things and are offensive; first answers to them may comply. Critiques,
 revisions, answers and harmlessness labels were written by language models, not by people, under the constitution below.
 Helpfulness comparisons are those that the run was given."""
@@ -55,7 +56,7 @@ def files(ctx: Context, name: str, results: dict[str, Any]) -> dict[str, str]:
 
     results: the summary of its training.
     """
-    below = _kind(name)[1]
+    below = _kind(ctx, name)[1]
     source, renderer = ctx.folder(below), ctx.renderer(below)
     licence = stated_licence(source)
     notice, text = _notice(ctx, name, source, licence)
@@ -65,12 +66,16 @@ def files(ctx: Context, name: str, results: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def _kind(name: str) -> tuple[str, str, str, str]:
-    """The entry of `_KINDS` of a checkpoint; a policy along RL is as the last one."""
-    if not name.startswith(SNAPSHOT):
+def _kind(ctx: Context, name: str) -> tuple[str, str, str, str]:
+    """The entry of `_KINDS` of a checkpoint, of the run's algorithm; a policy along RL is as the last one."""
+    if name in _KINDS and name != "rl_cai":
         return _KINDS[name]
     stage, below, title, metric = _KINDS["rl_cai"]
-    return stage, below, f"A snapshot of {title}, after {int(name.removeprefix(SNAPSHOT))} iterations", metric
+    algorithm = ctx.config.rl.algorithm
+    title, metric = _DPO if algorithm == "dpo" else (title.format(algorithm.upper()), metric)
+    if name.startswith(SNAPSHOT):
+        title = f"A snapshot of {title}, after {int(name.removeprefix(SNAPSHOT))} iterations"
+    return stage, below, title, metric
 
 
 def stated_licence(folder: Path) -> dict[str, str]:
@@ -124,7 +129,7 @@ def _generation(source: Path, renderer: Renderer) -> str:
 def _card(
     ctx: Context, name: str, renderer: Renderer, results: dict[str, Any], licence: dict[str, str], notice: str
 ) -> str:
-    stage, _, title, metric = _kind(name)
+    stage, _, title, metric = _kind(ctx, name)
     record, source = ctx.run.record(stage) or {}, _source(ctx, name)
     origin = _origin(ctx, name, licence)
     base = {} if source == TOY else {"base_model": source_name(Path(source))}

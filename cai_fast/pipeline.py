@@ -219,7 +219,7 @@ class Context:
 
 
 def open_context(config: Config, run: RunDir, log: RunLog, dist: Distributed) -> Context:
-    """The context of a run whose folder is open; its constitution is kept there, for its rows to refer to."""
+    """The context of a run whose folder is open; the text of its constitution is kept there for rows to refer to."""
     constitution = load_constitution(config.data.constitution)
     dist.on_main(lambda: run.keep(f"{CONSTITUTIONS}/{constitution.hash}.json", constitution.to_json()))
     return Context(config, run, log, dist, constitution)

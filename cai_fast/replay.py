@@ -8,10 +8,10 @@ import torch
 from cai_fast import rng
 from cai_fast.engine import Engine, Sampling
 from cai_fast.errors import InputError
+from cai_fast.hashing import hash_model
 from cai_fast.model import load as load_model
 from cai_fast.pipeline import weight_type
 from cai_fast.records import Turn
-from cai_fast.rundir import hash_model
 from cai_fast.runfiles import RunFiles
 from cai_fast.tokenizer import Renderer, Tokenizer
 
@@ -45,12 +45,9 @@ def draws(run: RunFiles, kind: str, row: Row) -> Iterator[Draw]:
             yield Draw(f"response_{side}", made_by, origin["models"][made_by], key[side], f"{row['id']}/{side}", text)
     elif kind == "answer":
         yield Draw("response", row["policy"], model, key, row["id"], row["response"], open_end=True)
-    elif kind == "rollout" and origin.get("policy_step") == 0:
-        yield Draw("response", "sl_cai", model, key, row["id"], row["response"], raw=True)
-    elif kind == "rollout" and origin.get("policy_step") == run.finished("rl")["summary"]["iterations"]:
-        # The row names the model that training began with; this is the one that it ended with.
-        found = run.stages.get("evaluate", {}).get("inputs", {}).get("models", {}).get("rl_cai", "")
-        yield Draw("response", "rl_cai", found, key, row["id"], row["response"], raw=True)
+    elif kind == "rollout" and (role := run.policy(origin["policy_step"])):
+        # The row names the model that training began with.
+        yield Draw("response", role, run.made_hash(role), key, row["id"], row["response"], raw=True)
 
 
 def verify(

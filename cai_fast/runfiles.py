@@ -1,5 +1,6 @@
 """A run folder as a reader sees it: manifest, settings, constitutions and rows; nothing is locked or written."""
 
+from fnmatch import fnmatchcase as fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,9 +9,10 @@ from cai_fast import config, constitution, records
 from cai_fast.config import Config
 from cai_fast.constitution import Constitution
 from cai_fast.errors import InputError
+from cai_fast.hashing import MODEL_FILES, hash_json
 from cai_fast.inputs import kind, read_json
 from cai_fast.records import Record
-from cai_fast.rundir import CONSTITUTIONS, check_manifest
+from cai_fast.rundir import CONSTITUTIONS, SNAPSHOT, check_manifest
 
 T = TypeVar("T", bound=Record)
 MADE = ("sl_cai", "pm", "pm_eval", "rl_cai")  # roles that are checkpoints of the run itself
@@ -71,6 +73,22 @@ class RunFiles:
 
     def model_folder(self, role: str) -> Path:
         """Where the model in `role` is or was: a checkpoint of the run, or the folder that its settings name."""
-        name = role if role in MADE else self.config.role(role)
-        made = role in MADE or name == "toy"
-        return self.root / "checkpoints" / (role if role in MADE else "base") if made else Path(name)
+        if role in MADE or role.startswith(SNAPSHOT):
+            return self.root / "checkpoints" / role
+        name = self.config.role(role)
+        return self.root / "checkpoints" / "base" if name == "toy" else Path(name)
+
+    def policy(self, step: int) -> str:
+        """The role of the policy after so many iterations of RL, empty where no checkpoint of it was made."""
+        if step == 0:
+            return "sl_cai"
+        if step == self.finished("rl")["summary"].get("iterations"):
+            return "rl_cai"
+        return name if kind(self.model_folder(name := f"{SNAPSHOT}{step:05}")) else ""
+
+    def made_hash(self, role: str) -> str:
+        """`hash_model` of a checkpoint of the run when its stage had finished; empty where there was none."""
+        files = {Path(n): f for r in self.stages.values() for n, f in r.get("outputs", {}).items()}
+        mine = {p.name: f["sha256"] for p, f in files.items() if p.parent == Path("checkpoints", role)}
+        found = {name: digest for name, digest in mine.items() if any(fnmatch(name, p) for p in MODEL_FILES)}
+        return hash_json(found) if found else ""

@@ -40,6 +40,7 @@ GROUPS = [
         "tokenizer",
         "heartbeat",
         "distributed",
+        "sinks",
         "runlog",
         "rundir",
         "runfiles",

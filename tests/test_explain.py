@@ -11,7 +11,8 @@ from cai_fast import rng
 from cai_fast.constitution import ComparisonExample, Constitution
 from cai_fast.errors import InputError
 from cai_fast.explain import Explainer, as_text, main
-from cai_fast.records import Label, PrincipleLabel, Turn, write_jsonl
+from cai_fast.hashing import facts_of, hash_model
+from cai_fast.records import Label, PrincipleLabel, Rollout, Turn, write_jsonl
 from cai_fast.runfiles import RunFiles
 
 EXAMPLES = tuple(ComparisonExample((Turn("human", f"ask {n}"),), f"good {n}", f"bad {n}") for n in range(2))
@@ -90,3 +91,25 @@ def test_json_is_the_whole_tree(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([str(run), "l0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(explained(run, "l0")))
     assert main([str(run), "l0", "--verify"]) == 0 and "from its record alone" in capsys.readouterr().out
+
+
+def test_the_policy_of_a_rollout_is_the_checkpoint_of_its_iteration(run: Path) -> None:
+    folder = run / "checkpoints" / "rl_cai_step_00002"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (folder / name).write_text(name)
+    manifest = json.loads((run / "manifest.json").read_text())
+    outputs = {f"checkpoints/{folder.name}/{path.name}": facts_of(path) for path in folder.iterdir()}
+    manifest["stages"]["rl"] = {"status": "finished", "starts": 1, "settings": {}, "inputs": {}, "outputs": outputs,
+                                "summary": {"iterations": 4}}  # fmt: skip
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    rows = [Rollout(f"o{n}", "p0", n, "x", 0.5, 0.1, 0, {"policy_step": n, "pm": "m"}) for n in range(5)]
+    write_jsonl(run / "rollouts.jsonl", rows)
+    policies = [explained(run, f"o{n}")["policy"] for n in range(5)]
+    assert [p.get("role", p.get("missing")) for p in policies] == [
+        "sl_cai", "its weights were not exported", folder.name, "its weights were not exported", "rl_cai"
+    ]  # fmt: skip
+    assert policies[2]["hash"] == hash_model(folder) and policies[2]["state"] == "holds this model"
+    (folder / "model.safetensors").write_text("other")
+    assert explained(run, "o2")["policy"]["state"].startswith("holds another model")
+    assert explained(run, "o4")["preference_model"]["state"] == "no model there"
