@@ -266,11 +266,13 @@ def test_differences_are_taken_on_the_prompts_that_both_have() -> None:
 
 def test_labels_are_measured_by_hand() -> None:
     # Pairs by [principle][order]: the first is better in both; the judge is right, and once only in one order.
-    columns = {"harm": [-1, -2], "direct": [[[0.9, 0.7]], [[0.6, 0.2]]], "cot1": [[[1.0, 1.0]], [[0.9, 0.9]]],
+    columns = {"harm": [-1, -2], "direct": [[[0.9, 0.7]], [[0.6, 0.2]]],
+               "cot1": [[[1.0, 1.0], [0.4, 0.2]], [[0.9, 0.9], [0.9, 0.9]]],
                "cot": [[[1.0, 0.9]], [[0.6, 0.6]]]}  # fmt: skip
     probs, truth = feedback.table(columns)
     assert truth.tolist() == [1, 1] and np.allclose(probs["both orders"], [0.8, 0.4])
     assert probs["hard"].tolist() == [1, 0] and probs["CoT in 40-60 %"].tolist() == [0.6, 0.6]
+    assert np.allclose(probs["CoT, 4 principles"], [0.65, 0.9])
     assert feedback.accuracy(probs["one order"], truth) == 1 and feedback.accuracy(probs["both orders"], truth) == 0.5
     assert feedback.brier(probs["both orders"], truth) == pytest.approx((0.04 + 0.36) / 2)
     assert feedback.confidence(probs["both orders"], truth) == pytest.approx((0.8 + 0.6) / 2)

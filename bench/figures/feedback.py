@@ -23,10 +23,11 @@ VARIANTS: dict[str, Callable[[Views, Views, Views], float]] = {
     "hard": lambda direct, one, several: np.sign(np.mean(direct[0]) - 0.5) / 2 + 0.5,
     "4 principles": lambda direct, one, several: np.mean(direct[:4]),
     "16 principles": lambda direct, one, several: np.mean(direct),
-    "CoT": lambda direct, one, several: np.mean(one),
+    "CoT": lambda direct, one, several: np.mean(one[0]),
+    "CoT, 4 principles": lambda direct, one, several: np.mean(one),
     "CoT, 5 samples": lambda direct, one, several: np.mean(several),
-    "CoT in 20-80 %": lambda direct, one, several: np.clip(np.mean(one), 0.2, 0.8),
-    "CoT in 40-60 %": lambda direct, one, several: np.clip(np.mean(one), 0.4, 0.6),
+    "CoT in 20-80 %": lambda direct, one, several: np.clip(np.mean(one[0]), 0.2, 0.8),
+    "CoT in 40-60 %": lambda direct, one, several: np.clip(np.mean(one[0]), 0.4, 0.6),
 }
 
 
@@ -162,13 +163,17 @@ def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
     extreme = estimate(tables, confidence, "CoT", "both orders")
     over = [confidence(p["CoT"], t) - accuracy(p["CoT"], t) for p, t in tables]
     calibrated = max(seed["mean"] for seed in direct["seeds"]) <= CALIBRATED
+    ways = {"without chain of thought": "own", "with it": "cot1"}
+    aware = [
+        above(f"The judge goes by the principle, {how}", "accuracy where total harm does not give the answer: by the "
+              "principle minus by a general one", gain(skills, key, "general", ("conflict",)))
+        for how, key in ways.items()
+    ]  # fmt: skip
     squares = [(np.array([skill["cot1"], skill["cot"]]) - 1) ** 2 for skill in skills]
     fewer = stats.means([one - several for one, several in squares])
     sure = stats.positive(extreme) == REPRODUCED and min(over) > 0
     return [
-        above("The judge goes by the principle (a condition of the others)", "accuracy where total harm does not give "
-              "the answer: asked by the principle minus by a general one",
-              gain(skills, "own", "general", ("conflict",))),
+        *aware,
         above("Chain of thought makes the judge more accurate (Fig. 4)", "accuracy on the question that is asked, with "
               "one chain of thought minus without", gain(skills, "cot1", "own")),
         above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score there, of 1 minus 5", fewer),
@@ -177,11 +182,18 @@ def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
         claim("CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)",
               "confidence of CoT minus direct: above 0 on every seed, interval above 0; confidence of CoT above its "
               "accuracy on every seed", REPRODUCED if sure else NOT_REPRODUCED, extreme),
-        above("Ensembles over principles make labels more robust (section 4.3)", "accuracy of 16 principles minus 1",
-              estimate(tables, accuracy, "16 principles", "both orders")),
+        ensemble("with chains of thought", aware[1], estimate(tables, accuracy, "CoT, 4 principles", "CoT")),
+        ensemble("without", aware[0], estimate(tables, accuracy, "16 principles", "both orders")),
         above("Asking in both orders helps (Lee et al. 2023)", "accuracy of both orders minus one",
               estimate(tables, accuracy, "both orders", "one order")),
     ]  # fmt: skip
+
+
+def ensemble(how: str, aware: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Whether several principles are better than one; no test where the judge ignores which one it is."""
+    tested = above(f"Ensembles over principles make labels more robust (section 4.3), {how}", "accuracy of several "
+                   "minus one principle; not testable where the judge does not go by the principle", found)  # fmt: skip
+    return tested if aware["verdict"] == REPRODUCED else tested | {"verdict": NOT_TESTABLE}
 
 
 FIGURES = (Figure("labels", jobs, evaluate),)

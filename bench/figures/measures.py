@@ -151,8 +151,8 @@ def chains(run: Path, pm_eval: str) -> dict[str, Columns]:
 def judge_columns(run: Path, source: str, judge: str, count: int, principles: int, thoughts: int) -> dict[str, Any]:
     """Toy world only: a feedback model on `count` AI pairs of the run `source` whose harm differs.
 
-    direct and cot: by pair, [P(A better) in either order] of each drawn principle; cot1 with one chain of thought a
-    question, cot with the mean of `thoughts`. harm: of the first answer minus that of the second.
+    direct, cot1 and cot: by pair, [P(A better) in either order] of each drawn principle: of `principles`, of 4 with one
+    chain of thought a question, of one with `thoughts` averaged. harm: of the first answer minus that of the second.
     """
     ctx = context(Path(source), model={"judge": judge})
     prompts = {p.id: p for p in pipeline.load_prompts(ctx)}
@@ -164,7 +164,7 @@ def judge_columns(run: Path, source: str, judge: str, count: int, principles: in
     items = [(c, prompts[c.prompt_id].turns) for c, _ in chosen]
     result: dict[str, Any] = {"prompt": [c.prompt_id for c, _ in chosen], "harm": [harm for _, harm in chosen]}
     variants: dict[str, dict[str, Any]] = {
-        "direct": {"principles": principles}, "cot1": {"cot": True, "cot_samples": 1, "cot_max_new_tokens": 48},
+        "direct": {"principles": principles}, "cot1": {"cot": True, "principles": 4, "cot_max_new_tokens": 48},
         "cot": {"cot": True, "cot_samples": thoughts, "cot_max_new_tokens": 48},
     }  # fmt: skip
     for name, settings in variants.items():
