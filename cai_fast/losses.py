@@ -49,24 +49,27 @@ def preference_loss(model: Model, pairs: Packed, prob_a: Tensor, weights: Tensor
 
 
 class PolicyTerms(NamedTuple):
-    """Per-token constants of the PPO loss, each [N], in the order of the batch's targets."""
+    """Per-token constants of the policy loss, each [N], in the order of the batch's targets."""
 
     old_logprob: Tensor
     advantages: Tensor
-    returns: Tensor
+    ref_logprob: Tensor
+    returns: Tensor | None = None  # what the critic is fitted to
 
 
 def policy_loss(
     hidden: Tensor, weight: Tensor, batch: TargetBatch, terms: PolicyTerms, *, clip_coef: float, temperature: float,
-    scale: float,
+    scale: float, kl_coef: float = 0.0, kl_estimator: str = "",
 ) -> tuple[Tensor, Stats]:  # fmt: skip
-    """Clipped PPO objective from the policy's hidden states [N, H] at the rows of the batch's targets.
+    """Clipped PPO objective from the policy's hidden states [N, H] at the rows of the batch's targets, plus kl_coef
+    times the sampled KL estimator "k2" or "k3"; see kernels.linear_policy_loss for what their gradients are.
 
     Without weights: no row is dropped, so the head multiplies the chunks that gave the old log-probabilities.
     """
+    penalty = {"ref_logprob": terms.ref_logprob, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
     out = kernels.linear_policy_loss(
         hidden, weight, batch.targets, terms.old_logprob, terms.advantages,
-        clip_coef=clip_coef, temperature=temperature, scale=scale,
+        clip_coef=clip_coef, temperature=temperature, scale=scale, **(penalty if kl_estimator else {}),
     )  # fmt: skip
     count = out.stats["count"]
     log_ratio = out.logprob - terms.old_logprob
@@ -77,6 +80,8 @@ def policy_loss(
         "approx_kl": ((log_ratio.exp() - 1 - log_ratio).sum(), count),  # k3: non-negative, low variance
         "ratio_gap": (log_ratio.abs().sum(), count),
     }
+    if kl_estimator:
+        stats["kl_loss"] = (out.stats["kl"], count)
     return out.loss, stats
 
 

@@ -42,8 +42,13 @@ class Answers:
     finished: list[Finished]
     scores: Tensor
 
+    @property
+    def groups(self) -> list[int]:
+        """Each answer's group, the answers to one prompt, by the number of the first of them."""
+        return [item.number - item.sample for item in self.items]
+
     def examples(self, renderer: Renderer) -> list[Example]:
-        """What PPO trains on: the tokens as sampled."""
+        """What is trained on: the tokens as sampled."""
         return [
             Example(item.prompt.id, renderer.dialogue(item.prompt.turns), c.token_ids)
             for item, c in zip(self.items, self.completions, strict=True)
@@ -105,7 +110,7 @@ class Sampler:
         pm = roles.frozen(ctx, "pm", head="score", trunk=reference)
         self.scorer, self.pm_renderer = ctx.scorer(pm, self.cfg.micro_tokens), ctx.renderer("pm")
         self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
-        if self.cfg.critic == "pm" and not self.same_tokens:
+        if self.cfg.network == "pm" and not self.same_tokens:
             raise InputError("rl.critic = pm needs a preference model with the policy's tokenizer; use own or detached")
         spec = pipeline.sampling(renderer, "response", self.cfg.temperature, self.cfg.max_new_tokens)
         self.spec = dataclasses.replace(spec, top_k=self.cfg.top_k, top_p=self.cfg.top_p)

@@ -16,7 +16,7 @@ from cai_fast.fit import FitSettings, Task, accumulate
 from cai_fast.model import Model, ModelConfig, ScalarHead, init_random
 from cai_fast.model.lora import add_adapters
 from cai_fast.optim import Optimizer
-from cai_fast.ppo import Critic, Ppo
+from cai_fast.policy_gradient import Critic, PolicyGradient
 from cai_fast.runlog import Mean
 
 
@@ -94,7 +94,7 @@ def steps(model: Model, task: Task, cfg: config.Config, section: Any, count: int
 class Actors(NamedTuple):
     """The models of stage rl, the preference model among them."""
 
-    ppo: Ppo
+    ppo: PolicyGradient
     pm: Model
 
     @property
@@ -112,11 +112,11 @@ def actors(cfg: config.Config, shape: ModelConfig, device: str) -> Actors:
     critic: nn.Module = ScalarHead(shape.hidden_size).to(device, policy.dtype)
     if cfg.rl.critic != "detached":
         critic = made(cfg, shape, 3, "score", device)
-    ppo = Ppo(policy, reference, Critic(critic), cfg.rl, seed=0, dist=alone(), moments=cfg.model.moments)
+    ppo = PolicyGradient(policy, reference, Critic(critic), cfg.rl, seed=0, dist=alone(), moments=cfg.model.moments)
     return Actors(ppo, pm)
 
 
-def answers(cfg: config.Config, ppo: Ppo, length: int) -> tuple[Engine, list[Example]]:
+def answers(cfg: config.Config, ppo: PolicyGradient, length: int) -> tuple[Engine, list[Example]]:
     """The answers of an iteration, from an engine that keeps its cache."""
     room, rows = pipeline.round_up(length), cfg.rl.prompts_per_step
     engine = Engine(ppo.policy, max_len=room, max_batch=cfg.engine.max_batch, deterministic=False)
@@ -125,7 +125,7 @@ def answers(cfg: config.Config, ppo: Ppo, length: int) -> tuple[Engine, list[Exa
     return engine, [Example(e.id, e.prompt_ids, c.token_ids) for e, c in zip(given, done, strict=True)]
 
 
-def iterations(ppo: Ppo, answered: list[Example], count: int = 2) -> None:
+def iterations(ppo: PolicyGradient, answered: list[Example], count: int = 2) -> None:
     """Measure the answers and train on them, `count` times."""
     for _ in range(count):
         rollouts = ppo.measure(answered, 0)

@@ -22,7 +22,7 @@ from cai_fast.fit import FitSettings, Task
 from cai_fast.model import Model, ModelConfig, ScalarHead, init_random, load, lora
 from cai_fast.model.recompute import KINDS
 from cai_fast.optim import Optimizer
-from cai_fast.ppo import Critic, Ppo
+from cai_fast.policy_gradient import Critic, PolicyGradient
 from cai_fast.runlog import RunLog
 
 SETTINGS = FitSettings(
@@ -126,7 +126,7 @@ def ppo(folder: Path, dist: Distributed, critic: str = "own") -> dict[str, Model
     policy = trained(folder / "lm", dist, "lm")
     reference = trained(folder / "lm", dist, "lm").requires_grad_(False)
     value = ScalarHead(32) if critic == "detached" else trained(folder / "pm", dist, "score")
-    trainer = Ppo(policy, reference, Critic(value), RL, seed=0, dist=dist)
+    trainer = PolicyGradient(policy, reference, Critic(value), RL, seed=0, dist=dist)
     bounds = [0, 24] if dist.world == 1 else [0, 17, 24]
     mine = slice(bounds[dist.rank], bounds[dist.rank + 1])
     values = {}
@@ -153,7 +153,9 @@ def half(folder: Path, dist: Distributed) -> dict[str, Model]:
 
     saved: list[dict[str, Tensor]] = []
     for attempt in range(2):
-        trainer = Ppo(sharded("lm"), sharded("lm").requires_grad_(False), Critic(sharded("pm")), RL, seed=0, dist=dist)
+        trainer = PolicyGradient(
+            sharded("lm"), sharded("lm").requires_grad_(False), Critic(sharded("pm")), RL, seed=0, dist=dist
+        )
         with Checkpoints(folder / "half", dist) as states:
             if attempt:
                 trainer.restore(states, states.latest())

@@ -45,7 +45,7 @@ GROUPS = [
     },
     {"model"},
     {"engine"},
-    {"batching", "losses", "optim", "parallel", "fit", "ppo", "elo", "prefixes", "scorer"},
+    {"batching", "losses", "optim", "parallel", "fit", "advantages", "policy_gradient", "elo", "prefixes", "scorer"},
     {"toy", "report"},
     {
         "pipeline",

@@ -18,7 +18,7 @@ from cai_fast.batching import Example, pack, pack_targets
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
 from cai_fast.model import Model, ScalarHead
-from cai_fast.ppo import Critic, Ppo
+from cai_fast.policy_gradient import Critic, PolicyGradient
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,11 +31,13 @@ def settings(**changes: object) -> RlConfig:
     return RlConfig(**(values | changes))
 
 
-def make(policy: Model | None = None, critic: Critic | None = None, std: float = 0.2, **changes: object) -> Ppo:
+def make(
+    policy: Model | None = None, critic: Critic | None = None, std: float = 0.2, **changes: object
+) -> PolicyGradient:
     policy = policy or tiny_model(1, std=std)
     reference = tiny_model(1, std=std).requires_grad_(False)
     critic = critic or Critic(ScalarHead(policy.config.hidden_size))
-    return Ppo(policy, reference, critic, settings(**changes), seed=0, dist=alone())
+    return PolicyGradient(policy, reference, critic, settings(**changes), seed=0, dist=alone())
 
 
 def examples(count: int = 12) -> list[Example]:
@@ -56,7 +58,7 @@ def arm_probs(policy: Model) -> torch.Tensor:
     return (policy(pack([[1, 3]]))[-1] @ policy.lm_head_weight.t()).softmax(-1)
 
 
-def play(ppo: Ppo, rewards: torch.Tensor, step: int, pulls: int = 128) -> None:
+def play(ppo: PolicyGradient, rewards: torch.Tensor, step: int, pulls: int = 128) -> None:
     """One PPO iteration on a bandit: one-token answers to one prompt."""
     generator = torch.Generator().manual_seed(step)
     actions = torch.multinomial(arm_probs(ppo.policy), pulls, replacement=True, generator=generator)
@@ -213,7 +215,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
     assert all(torch.equal(p, before[n]) for n, p in ppo.policy.named_parameters())
 
 
-def iterate(ppo: Ppo, steps: range) -> None:
+def iterate(ppo: PolicyGradient, steps: range) -> None:
     for step in steps:
         rollouts = ppo.measure(examples(), step)
         ppo.set_advantages(rollouts, SCORES)
@@ -223,7 +225,7 @@ def iterate(ppo: Ppo, steps: range) -> None:
 
 @pytest.mark.parametrize("kind", ["detached", "network"])
 def test_resume_is_bitwise(tmp_path: Path, kind: str) -> None:
-    def fresh() -> Ppo:
+    def fresh() -> PolicyGradient:
         critic = None if kind == "detached" else Critic(tiny_model(7, head="score"), 0.1, 2.0)
         return make(critic=critic, kl_target=0.01)
 

@@ -26,7 +26,7 @@ from cai_fast.distributed import Stopped
 from cai_fast.model import ScalarHead
 from cai_fast.optim import schedule
 from cai_fast.pipeline import Context
-from cai_fast.ppo import Critic, Ppo, Rollouts
+from cai_fast.policy_gradient import Critic, PolicyGradient, Rollouts
 from cai_fast.records import Journal, Rollout, content_id
 from cai_fast.runlog import Mean
 from cai_fast.sampler import KINDS, Answers, Sampler
@@ -60,7 +60,7 @@ class Loop:
             self.extra = dict(state.extra)
         self.start = state.step if state else 0
         self.exported_step = 0
-        self.ppo = Ppo(
+        self.ppo = PolicyGradient(
             self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist,
             moments=ctx.config.model.moments,
         )  # fmt: skip
@@ -72,11 +72,14 @@ class Loop:
             ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
         )
 
-    def critic(self) -> Critic:
-        """The value function that `rl.critic` names."""
-        if self.cfg.critic == "detached":
+    def critic(self) -> Critic | None:
+        """The value function that `rl.critic` names, of an algorithm that has one."""
+        kind = self.cfg.network
+        if not kind:
+            return None
+        if kind == "detached":
             return Critic(ScalarHead(self.policy.config.hidden_size).to(self.policy.device))
-        if self.cfg.critic == "own":
+        if kind == "own":
             return Critic(roles.value_model(self.ctx, self.reference, "critic"))
         critic = roles.trained(self.ctx, "pm", head="score", name="critic", trunk=self.reference)
         return Critic(critic, self.extra["mean"], self.extra["deviation"])
@@ -211,10 +214,10 @@ class Loop:
         """Train on the answers of this iteration. Collective."""
         began = time.monotonic()
         heartbeat.at("rl: updating", f"iteration {step}")
-        stats = self.ppo.set_advantages(rollouts, rewards)
-        self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)
+        stats = self.ppo.set_advantages(rollouts, rewards, answers.groups)
         factor = schedule(self.cfg.schedule, step, self.cfg.steps, self.cfg.warmup_steps)
         stats |= self.ppo.update(rollouts, factor) | {"lr": self.cfg.lr * factor}
+        self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)  # for the next iteration
         stats.pop("entropy", None)  # reported of the policy that sampled
         return {f"rl/{name}": value for name, value in stats.items()} | {"perf/update_s": time.monotonic() - began}
 
