@@ -18,7 +18,7 @@ from cai_fast.engine import Engine, Sampling, token_tree
 from cai_fast.fit import FitSettings, Task, accumulate
 from cai_fast.model import Model, load
 from cai_fast.optim import Optimizer
-from cai_fast.ppo import Critic, Ppo
+from cai_fast.policy_gradient import Critic, PolicyGradient
 from cai_fast.runlog import Mean
 from cai_fast.scorer import Scorer
 
@@ -117,9 +117,10 @@ class OnPolicy:
         cfg = RlConfig(
             algorithm=algorithm, critic="own", temperature=1.0, kl_coef=s.kl_coef, clip_coef=s.clip_coef,
             epochs=s.epochs, lr=s.rl_lr, critic_lr=s.rl_lr, vf_coef=0.1, micro_tokens=MICRO_TOKENS,
+            samples_per_prompt=place.size.samples,
         )  # fmt: skip
-        critic = Critic(place.model("pm"))
-        self.ppo = Ppo(self.policy, reference, critic, cfg, seed=0, dist=place.dist)
+        critic = Critic(place.model("pm")) if algorithm == "ppo" else None
+        self.trainer = PolicyGradient(self.policy, reference, critic, cfg, seed=0, dist=place.dist)
         self.engine = place.engine(self.policy, place.size.prompt[1] + place.size.answer[1])
         self.steps = 0
 
@@ -134,9 +135,9 @@ class OnPolicy:
         groups = [i // repeat for i in range(len(prompts))]
         scores = self.scorer.scores([[*p, *a[:-1], EOS] for p, a in zip(prompts, answers, strict=True)], groups)
         examples = [Example(str(i), p, a) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
-        rollouts = self.ppo.measure(examples, self.steps)
-        self.ppo.set_advantages(rollouts, scores)
-        self.ppo.update(rollouts, 1.0)
+        rollouts = self.trainer.measure(examples, self.steps)
+        self.trainer.set_advantages(rollouts, scores, groups)
+        self.trainer.update(rollouts, 1.0)
         self.steps += 1
         return Done(sum(map(len, answers)))
 
@@ -177,6 +178,8 @@ def judge(place: Place) -> Step:
 STEPS: dict[str, Callable[[Place], Step]] = {
     "sft": sft,
     "reward": reward,
+    "rloo": lambda place: OnPolicy(place, "rloo"),
+    "grpo": lambda place: OnPolicy(place, "grpo"),
     "ppo": lambda place: OnPolicy(place, "ppo"),
     "generate": generate,
     "judge": judge,
