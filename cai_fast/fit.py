@@ -1,4 +1,4 @@
-"""The supervised training loop: SFT and preference models.
+"""The supervised training loop: SFT, preference models, and DPO.
 
 Which items a step trains on is a function of (seed, step) alone, so that a resumed run needs no iterator state.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from cai_fast import heartbeat, rng
 from cai_fast.batching import bins, split_even
 from cai_fast.checkpoint import Checkpoints, TrainState
-from cai_fast.config import Config, PmConfig, SftConfig
+from cai_fast.config import Config, PmConfig, RlConfig, SftConfig
 from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model
@@ -57,9 +57,11 @@ class FitSettings:
     background: bool = True  # how they are written: see Checkpoints
 
     @classmethod
-    def of(cls, config: Config, section: SftConfig | PmConfig, batch_size: float) -> "FitSettings":
-        """Those of stage sft or pm; `section` is the configuration's."""
-        shared = {f.name: getattr(section, f.name) for f in fields(cls) if hasattr(section, f.name)}
+    def of(cls, config: Config, section: SftConfig | PmConfig | RlConfig, batch_size: float) -> "FitSettings":
+        """Those of stage sft, pm or (for DPO, without weight decay) rl; `section` is the configuration's."""
+        shared = {"weight_decay": 0.0} | {
+            f.name: getattr(section, f.name) for f in fields(cls) if hasattr(section, f.name)
+        }
         states = {"keep": config.checkpoint.keep, "background": config.checkpoint.background}
         return cls(seed=config.seed, batch_size=batch_size, moments=config.model.moments, **shared, **states)
 

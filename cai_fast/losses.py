@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cai_fast import kernels
-from cai_fast.batching import Packed, TargetBatch
+from cai_fast.batching import Packed, TargetBatch, segment_sum
 from cai_fast.distributed import Distributed, global_moments
 from cai_fast.model import Model
 from cai_fast.model.heads import scalar_rows
@@ -46,6 +46,32 @@ def preference_loss(model: Model, pairs: Packed, prob_a: Tensor, weights: Tensor
     result = kernels.preference_loss(a, b, prob_a, weights=weights, scale=scale)
     count = result.stats["count"]
     return result.loss, {name: (result.stats[name], count) for name in ("loss", "accuracy", "margin")}
+
+
+def answer_logprobs(model: Model, batch: TargetBatch) -> Tensor:
+    """[S] summed log-probabilities of each example's targets, differentiable."""
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden.index_select(0, batch.rows)
+        return segment_sum(kernels.linear_logprob(rows, weight, batch.targets).logprob, batch.cu_targets)
+
+    return model(batch.packed, loss=loss)
+
+
+def dpo_loss(
+    model: Model, batch: TargetBatch, reference: Tensor, prob_a: Tensor, weights: Tensor, beta: float, scale: float
+) -> tuple[Tensor, Stats]:
+    """DPO with soft labels (arXiv 2305.18290, eq. 7): soft Bradley-Terry of beta times the log-ratios of C comparisons.
+
+    `batch` packs the answers a_0, b_0, a_1, b_1, ...; reference [C, 2] their log-probabilities under the reference;
+    prob_a, weights [C]. `log_ratio` is the answers' mean: where it falls, both become less likely than others.
+    """
+    ratios = answer_logprobs(model, batch).unflatten(0, (-1, 2)) - reference
+    a, b = (beta * ratios).unbind(1)
+    result = kernels.preference_loss(a, b, prob_a, weights=weights, scale=scale)
+    count = result.stats["count"]
+    stats: Stats = {name: (result.stats[name], count) for name in ("loss", "accuracy", "margin")}
+    return result.loss, stats | {"log_ratio": ((ratios.detach().mean(1) * weights).sum(), count)}
 
 
 class PolicyTerms(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from rank_worker import settings
 
 from cai_fast import config, distributed, model, pipeline, sharing
+from cai_fast.comparisons import KINDS, Pair
 from cai_fast.distributed import Distributed, Stopped
 from cai_fast.errors import InputError
 from cai_fast.rundir import RunDir
@@ -155,11 +156,11 @@ def stages(inputs: Path, checkpoints: Path, folder: Path, dist: Distributed) -> 
     (folder / f"held_out.{dist.rank}.json").write_text(json.dumps(results))
 
 
-def held_out_pairs(renderer: Renderer) -> list[pm.Pair]:
+def held_out_pairs(renderer: Renderer) -> list[Pair]:
     """Comparisons as stage pm makes them."""
     return [
-        pm.Pair(kind, (), renderer.response_ids(f"{kind} {n}"), renderer.response_ids(f"Not {n}."), n / 9, 1.0)
-        for n in range(10) for kind in pm.KINDS
+        Pair(kind, (), renderer.response_ids(f"{kind} {n}"), renderer.response_ids(f"Not {n}."), n / 9, 1.0, 0)
+        for n in range(10) for kind in KINDS
     ]  # fmt: skip
 
 

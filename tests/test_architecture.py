@@ -50,6 +50,8 @@ GROUPS = [
     {
         "pipeline",
         "sharing",
+        "comparisons",
+        "dpo",
         "model_card",
         "roles",
         "workload",

@@ -17,7 +17,7 @@ from tiny import CONFIG, alone
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cai_fast import config, distributed, losses, model, pipeline, readers, records, sampler
+from cai_fast import comparisons, config, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
@@ -169,20 +169,24 @@ def test_sft_trains_on_the_chosen_revisions(trained: Context) -> None:
 
 def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
     renderer = trained.renderer("pm_init")
-    helpful, rejected = pm.helpful_pairs(trained, renderer)
-    pairs = pm.harmless_pairs(trained, renderer) + helpful
+    helpful, rejected = comparisons.helpful_pairs(trained, renderer, "pm_init")
+    pairs = comparisons.harmless_pairs(trained, renderer) + helpful
     assert rejected == {"over_long": 0, "held_out": 0}
     assert len(pairs) == 30 + 40
     sides: dict[str, set[tuple[str, bool]]] = {}
     for p in pairs:
         sides.setdefault(p.turns[0].text, set()).add(p.side(0.2))
     assert all(len(side) == 1 for side in sides.values())
-    assert {side for group in sides.values() for side in group} == {(n, h) for n in pm.MODELS for h in (True, False)}
+    assert {side for group in sides.values() for side in group} == {
+        (n, h) for n in comparisons.HALVES for h in (True, False)
+    }
     assert all(ids[-1] == renderer.tokenizer.eoc_id for p in pairs for ids in (p.ids_a, p.ids_b))
     summary = trained.run.record("pm")["summary"]
-    counted = [summary[n]["trained_on"][k] + summary[n][k]["count"] for n in pm.MODELS for k in pm.KINDS]
+    counted = [
+        summary[n]["trained_on"][k] + summary[n][k]["count"] for n in comparisons.HALVES for k in comparisons.KINDS
+    ]
     assert sum(counted) == 70
-    assert all(0 <= summary[n][k]["accuracy"] <= 1 for n in pm.MODELS for k in pm.KINDS)
+    assert all(0 <= summary[n][k]["accuracy"] <= 1 for n in comparisons.HALVES for k in comparisons.KINDS)
     steps = [row["step"] for row in rows_of(trained, "pm")]
     assert steps == list(range(len(steps)))
 
@@ -190,7 +194,7 @@ def test_pm_halves_are_disjoint_and_nothing_is_lost(trained: Context) -> None:
 def test_evaluation_prompts_stay_out_of_the_preference_models(tmp_path: Path, base: Path) -> None:
     ctx = open_run(tmp_path / "run", base, data__eval_fraction=0.3)
     with contextlib.closing(ctx.run):
-        pairs, counts = pm.helpful_pairs(ctx, ctx.renderer("pm_init"))
+        pairs, counts = comparisons.helpful_pairs(ctx, ctx.renderer("pm_init"), "pm_init")
     sides = [readers.encode_split(f"help me {i}", 0.3) for i in range(40)]
     assert [p.turns[0].text for p in pairs] == [f"help me {i}" for i, side in enumerate(sides) if side == "train"]
     assert counts["held_out"] == sides.count("eval") > 0
@@ -390,7 +394,7 @@ def test_prompt_stream_mixes_and_covers(trained: Context) -> None:
 
 
 def test_agreement_by_hand() -> None:
-    result = pm.agreement([2.0, -1.0, 0.0, 3.0], [0.9, 0.8, 0.2, 0.5])
+    result = comparisons.agreement([2.0, -1.0, 0.0, 3.0], [0.9, 0.8, 0.2, 0.5])
     assert result["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert (result["sided"], result["count"]) == (3, 4)
-    assert pm.agreement([1000.0, -1000.0], [1.0, 0.0])["ece"] == 0
+    assert comparisons.agreement([1000.0, -1000.0], [1.0, 0.0])["ece"] == 0

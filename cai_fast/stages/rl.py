@@ -1,7 +1,7 @@
-"""Stage rl: RL-CAI, SL-CAI trained by PPO against the preference model (paper §4.1).
+"""Stage rl: RL-CAI, SL-CAI trained against the preference model (paper §4.1), or by DPO on its comparisons (dpo.py).
 
 One iteration: answers to red-team and helpful prompts, sampled by an engine that shares the policy's weights; reward =
-preference score at the end of the answer, minus a KL penalty against SL-CAI at every token; PPO update.
+preference score at the end of the answer, with a KL penalty against SL-CAI at every token; policy-gradient update.
 Guards look at the answers before they are trained on. A training state is saved only after they have passed, so the
 newest state is always a usable policy, and it is what a guard's stop leaves behind. Only a stop signal while answers
 are sampled saves a policy that no guard has judged, in a folder of its own.
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, heartbeat, pipeline, records, roles
+from cai_fast import chains, dpo, heartbeat, pipeline, records, roles
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Stopped
-from cai_fast.model import ScalarHead
+from cai_fast.model import Model, ScalarHead
 from cai_fast.optim import schedule
 from cai_fast.pipeline import Context
 from cai_fast.policy_gradient import Critic, PolicyGradient, Rollouts
@@ -235,11 +235,16 @@ class Loop:
 
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
+    if ctx.config.rl.algorithm == "dpo":
+        return dpo.inputs(ctx)
     return ctx.inputs("rl", files=["prompts.jsonl", *roles.outputs(ctx, "pm")], roles=["sl_cai", "pm"])
 
 
 def run(ctx: Context) -> None:
     """Write rollouts.jsonl and checkpoints/rl_cai."""
+    if ctx.config.rl.algorithm == "dpo":
+        policy, results = dpo.train(ctx)
+        return finish(ctx, policy, results)
     loop = Loop(ctx)
     with loop.states, loop.unjudged:
         reason = loop.run()
@@ -247,14 +252,21 @@ def run(ctx: Context) -> None:
             loop.fall_back()
     if reason:
         ctx.log.warn(f"rl: stopped by a guard at {reason}; exporting the policy after {loop.exported_step} iterations")
-    ctx.dist.barrier()
-    rows = ctx.dist.on_main(lambda: write_rollouts(ctx))
-    summary = {
-        "guard": reason, "iterations": loop.exported_step, "rollouts": rows, "kl_coef": loop.ppo.kl_coef,
+    return finish(ctx, loop.policy, {
+        "guard": reason, "iterations": loop.exported_step, "kl_coef": loop.ppo.kl_coef,
         "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],
         "kl_exact_final": loop.extra["kl_exact"], "kl_exact_max": loop.extra["kl_exact_max"],
-    } | roles.sizes(loop.policy)  # fmt: skip
-    roles.export(ctx, loop.policy, "rl_cai", loop.renderer.tokenizer, summary)
+    } | roles.sizes(loop.policy))  # fmt: skip
+
+
+def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
+    """Write the sampled answers, of which DPO has none, and the trained policy. Collective."""
+    ctx.dist.barrier()
+    summary = {
+        "algorithm": ctx.config.rl.algorithm,
+        "rollouts": ctx.dist.on_main(lambda: write_rollouts(ctx)),
+    } | results
+    roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
     ctx.log.info(f"rl: {summary}")
     ctx.run.finish("rl", list(OUTPUTS), summary)
 
