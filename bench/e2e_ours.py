@@ -14,6 +14,7 @@ from cai_fast import losses, rng
 from cai_fast.batching import Example, pack, pack_targets
 from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Distributed
+from cai_fast.dpo import STATS as DPO_STATS
 from cai_fast.engine import Engine, Sampling, token_tree
 from cai_fast.fit import FitSettings, Task, accumulate
 from cai_fast.model import Model, load
@@ -106,6 +107,43 @@ def reward(place: Place) -> Step:
     return step
 
 
+class Dpo:
+    """Labels that are certain. The reference's log-probabilities are computed before a step's time begins, as the stage
+    does for all comparisons before training."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.reference = place, place.model("policy").requires_grad_(False)
+        self.before: list[list[float]] = []
+        self.run = Supervised(place, place.model("policy"), self.task)
+
+    @staticmethod
+    def examples(work: Work) -> list[Example]:
+        split = zip(work.sequences, work.starts, strict=True)
+        return [Example(str(i), ids[:start], ids[start:]) for i, (ids, start) in enumerate(split)]
+
+    @torch.no_grad()
+    def prepare(self, work: Work) -> None:
+        batch = pack_targets(self.examples(work), self.place.device)
+        found = losses.answer_logprobs(self.reference, batch).tolist()
+        self.before = [found[i : i + 2] for i in range(0, len(found), 2)]
+
+    def task(self, model: Model, work: Work) -> Task:
+        answers, device = self.examples(work), self.place.device
+        pairs = list(zip(answers[::2], answers[1::2], strict=True))
+
+        def loss(items: list[int], scale: float) -> tuple[Tensor, losses.Stats]:
+            batch = pack_targets([e for i in items for e in pairs[i]], device)
+            before = torch.tensor([self.before[i] for i in items], device=device)
+            ones = torch.ones(len(items), device=device)
+            return losses.dpo_loss(model, batch, before, ones, ones, self.place.settings.dpo_beta, scale)
+
+        lengths = [a.tokens + b.tokens for a, b in pairs]
+        return Task("rl", lengths, [1.0] * len(pairs), loss, [1.0] * len(pairs), DPO_STATS)
+
+    def __call__(self, work: Work) -> Done:
+        return self.run(work)._replace(tokens=sum(map(len, work.sequences)) - sum(work.starts))
+
+
 class OnPolicy:
     """Sampling by the engine, scores of the preference model, measuring and the update, as stage rl does them."""
 
@@ -178,6 +216,7 @@ def judge(place: Place) -> Step:
 STEPS: dict[str, Callable[[Place], Step]] = {
     "sft": sft,
     "reward": reward,
+    "dpo": Dpo,
     "rloo": lambda place: OnPolicy(place, "rloo"),
     "grpo": lambda place: OnPolicy(place, "grpo"),
     "ppo": lambda place: OnPolicy(place, "ppo"),

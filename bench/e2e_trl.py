@@ -177,6 +177,38 @@ def reward(peer: Peer) -> None:
     )  # fmt: skip
 
 
+def dpo(peer: Peer) -> None:
+    """The reference's log-probabilities are computed before training, on both sides."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    place, works = peer.place, peer.works("dpo")
+
+    def read(inputs: dict[str, Any]) -> tuple[Work, int]:
+        rows, answers = real(inputs["input_ids"], inputs["attention_mask"]), inputs["completion_mask"]
+        starts, half = answers.argmax(1).tolist(), len(rows) // 2  # all chosen, then all rejected
+        order = [i for pair in zip(range(half), range(half, 2 * half), strict=True) for i in pair]
+        return Work([rows[i] for i in order], [starts[i] for i in order]), int(answers.sum())
+
+    kind, callback = supervised(peer, DPOTrainer, read)
+    pairs = place.size.pairs // 2
+    config = DPOConfig(
+        **peer.arguments(pairs), max_length=None, beta=place.settings.dpo_beta, loss_type="sigmoid",
+        disable_dropout=True, precompute_ref_log_probs=True, precompute_ref_batch_size=pairs,
+    )  # fmt: skip
+    texts: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
+    for work in works:
+        for chosen, rejected, start in zip(work.sequences[::2], work.sequences[1::2], work.starts[::2], strict=True):
+            texts["prompt"].append(text_of(chosen[:start]))
+            texts["chosen"].append(text_of(chosen[start:]))
+            texts["rejected"].append(text_of(rejected[start:]))
+    peer.tokenizer.padding_side = "right"
+    peer.train(
+        kind(model=peer.model("policy").train(), args=config, train_dataset=Dataset.from_dict(texts),
+             processing_class=peer.tokenizer, callbacks=[callback])
+    )  # fmt: skip
+
+
 class ForcedLengths:
     """`generate` of a model, whose row i ends with its lengths[i]-th token: random weights would never stop. A logits
     processor forbids the end before and forces it there; tokens are sampled as usual."""
@@ -303,6 +335,7 @@ def judge(peer: Peer) -> None:
 RUNS: dict[str, Callable[[Peer], None]] = {
     "sft": sft,
     "reward": reward,
+    "dpo": dpo,
     "rloo": lambda peer: group(peer, "rloo"),
     "grpo": lambda peer: group(peer, "grpo"),
     "ppo": ppo,

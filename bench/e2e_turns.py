@@ -98,6 +98,8 @@ class Turns:
         for step, seconds in turns:
             if step is None:
                 continue
+            if hasattr(step, "prepare"):
+                step.prepare(work)  # what a stage does once, before its first step
             self.clock.start()
             mine = step(work)
             own = self.clock.stop()

@@ -80,6 +80,8 @@ def run_part(chosen: argparse.Namespace, stage: str) -> dict[str, Any]:
     for number, work in enumerate(works[: 1 + MEMORY_STEPS]):
         if number == 1:
             memory.reset()
+        if hasattr(step, "prepare"):
+            step.prepare(Work(**work))
         step(Work(**work))
     return memory.peak()
 
