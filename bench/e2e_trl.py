@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.bench_feedback import straightforward
+from bench.bench_feedback import BATCH, straightforward
 from bench.contest import Absent
 from bench.e2e_load import EOS, PAD, Work, draw, text_of
 from bench.e2e_ours import Place
@@ -29,6 +29,12 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "ACCELERATE_LOG_LEVEL": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }  # fmt: skip
+
+CPU_ROWS = {"sft": 1, "reward": 4, "dpo": 1, "rloo": 8, "grpo": 8, "ppo": 8}
+"""Rows (pairs) of the micro-batch that the peer is fastest with on a CPU, where more of them are more padding and more
+cache misses: of the whole batch and its halves, quarters, ..., the best that was measured. A GPU takes the whole batch.
+Packed rows that go together become one long row, whose attention is quadratic without flash attention."""
+CPU_QUESTIONS = 16
 
 
 def peer(ppo_path: Path | None = None) -> Any:
@@ -65,12 +71,16 @@ class Peer:
         path = self.place.folder / name
         return kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **options).to(self.place.device)
 
-    def arguments(self, batch: int, *, accumulation: int = 1, lr: float | None = None) -> dict[str, Any]:
-        """TrainingArguments of `turns.steps` steps."""
-        s, cpu = self.place.settings, self.place.device.type == "cpu"
+    def rows(self, stage: str, batch: int) -> int:
+        """Of a micro-batch."""
+        return min(CPU_ROWS[stage], batch) if self.place.device.type == "cpu" else batch
+
+    def arguments(self, stage: str, batch: int, lr: float | None = None) -> dict[str, Any]:
+        """TrainingArguments of `turns.steps` steps of `batch` rows."""
+        s, cpu, rows = self.place.settings, self.place.device.type == "cpu", self.rows(stage, batch)
         return {
-            "output_dir": self.scratch.name, "max_steps": self.turns.steps, "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": accumulation, "learning_rate": s.lr if lr is None else lr,
+            "output_dir": self.scratch.name, "max_steps": self.turns.steps, "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": batch // rows, "learning_rate": s.lr if lr is None else lr,
             "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "adamw_torch_fused", "weight_decay": 0.0,
             "adam_beta1": s.betas[0], "adam_beta2": s.betas[1], "max_grad_norm": s.max_grad_norm, "bf16": not cpu,
             "fp16": False, "gradient_checkpointing": False, "use_cpu": cpu, "seed": 0, "data_seed": 0,
@@ -103,8 +113,13 @@ def real(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
-def supervised(peer: Peer, base: type, read: Callable[[dict[str, Any]], tuple[Work, int]]) -> tuple[type, Any]:
-    """`base` that notes each micro-batch's work and loss, and the callback that takes the turn at a step's end."""
+def supervised(
+    peer: Peer, base: type, read: Callable[[dict[str, Any]], tuple[Work, int]], *, mean: bool
+) -> tuple[type, Any]:
+    """`base` that notes each micro-batch's work and loss, and the callback that takes the turn at a step's end.
+
+    mean: micro-batches of equal size have losses of their own, whose mean is the step's; else their sum is.
+    """
     seen: list[tuple[Work, int, float]] = []
 
     class Noting(base):
@@ -119,19 +134,17 @@ def supervised(peer: Peer, base: type, read: Callable[[dict[str, Any]], tuple[Wo
         seen.clear()
         starts = [s for w in works for s in w.starts or []]
         work = Work([ids for w in works for ids in w.sequences], starts or None)
-        peer.turns(work, Done(sum(tokens), float(sum(loss))))
+        peer.turns(work, Done(sum(tokens), float(sum(loss)) / (len(loss) if mean else 1)))
 
     return Noting, peer.callback(end)
 
 
 def sft(peer: Peer) -> None:
-    """Rows of documents, one at a time: several at once become one long row, whose attention is quadratic without
-    flash attention."""
+    """Rows of packed documents."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     size = peer.place.size
-    cpu = peer.place.device.type == "cpu"
     documents = [ids for work in peer.works("sft") for ids in work.sequences]
 
     def read(inputs: dict[str, Any]) -> tuple[Work, int]:
@@ -140,11 +153,10 @@ def sft(peer: Peer) -> None:
         rows = [part.tolist() for part in ids.tensor_split(bounds[1:])]
         return Work(rows), int((inputs["labels"][:, 1:] != -100).sum())
 
-    kind, callback = supervised(peer, SFTTrainer, read)
-    batch = {"batch": 1, "accumulation": size.rows} if cpu else {"batch": size.rows}
+    kind, callback = supervised(peer, SFTTrainer, read, mean=False)
     config = SFTConfig(
-        **peer.arguments(**batch), packing=True, packing_strategy="bfd", max_length=size.row, shuffle_dataset=False,
-        loss_type="nll",
+        **peer.arguments("sft", size.rows), packing=True, packing_strategy="bfd", max_length=size.row,
+        shuffle_dataset=False, loss_type="nll",
     )  # fmt: skip
     dataset = Dataset.from_dict({"input_ids": documents})
     peer.tokenizer.padding_side = "right"
@@ -167,8 +179,8 @@ def reward(peer: Peer) -> None:
         pairs = zip(rows[:half], rows[half:], strict=True)
         return Work([ids for pair in pairs for ids in pair]), int(inputs["attention_mask"].sum())
 
-    kind, callback = supervised(peer, RewardTrainer, read)
-    config = RewardConfig(**peer.arguments(peer.place.size.pairs), max_length=None, disable_dropout=True)
+    kind, callback = supervised(peer, RewardTrainer, read, mean=True)
+    config = RewardConfig(**peer.arguments("reward", peer.place.size.pairs), max_length=None, disable_dropout=True)
     dataset = Dataset.from_dict({"chosen_ids": sequences[::2], "rejected_ids": sequences[1::2]})
     peer.tokenizer.padding_side = "right"
     peer.train(
@@ -190,11 +202,11 @@ def dpo(peer: Peer) -> None:
         order = [i for pair in zip(range(half), range(half, 2 * half), strict=True) for i in pair]
         return Work([rows[i] for i in order], [starts[i] for i in order]), int(answers.sum())
 
-    kind, callback = supervised(peer, DPOTrainer, read)
+    kind, callback = supervised(peer, DPOTrainer, read, mean=True)
     pairs = place.size.pairs // 2
     config = DPOConfig(
-        **peer.arguments(pairs), max_length=None, beta=place.settings.dpo_beta, loss_type="sigmoid",
-        disable_dropout=True, precompute_ref_log_probs=True, precompute_ref_batch_size=pairs,
+        **peer.arguments("dpo", pairs), max_length=None, beta=place.settings.dpo_beta, loss_type="sigmoid",
+        disable_dropout=True, precompute_ref_log_probs=True, precompute_ref_batch_size=peer.rows("dpo", pairs),
     )  # fmt: skip
     texts: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
     for work in works:
@@ -248,7 +260,7 @@ def group(peer: Peer, algorithm: str) -> None:
     forced = ForcedLengths(policy, [work.lengths for work in works])
     answers = size.prompts * size.samples
     options: dict[str, Any] = {
-        **peer.arguments(answers, lr=s.rl_lr), "num_generations": size.samples, "top_p": 1.0, "top_k": 0,
+        **peer.arguments(algorithm, answers, s.rl_lr), "num_generations": size.samples, "top_p": 1.0, "top_k": 0,
         "max_completion_length": size.answer[1], "temperature": 1.0, "beta": s.kl_coef, "shuffle_dataset": False,
         "num_iterations": 1, "disable_dropout": True, "log_completions": False, "epsilon": s.clip_coef,
     }  # fmt: skip
@@ -282,12 +294,12 @@ def ppo(peer: Peer) -> None:
     dtype = peer.inference
     policy = peer.model("policy", dtype).train()
     forced, answers = ForcedLengths(policy, [work.lengths for work in works]), size.prompts * size.samples
-    options = peer.arguments(answers, lr=s.rl_lr)
+    options = peer.arguments("ppo", answers, s.rl_lr)
     options.pop("max_steps")
     config = PPOConfig(
         **options, total_episodes=answers * peer.turns.steps, num_ppo_epochs=s.epochs, num_mini_batches=1,
-        local_rollout_forward_batch_size=answers, response_length=size.answer[1], stop_token="eos", temperature=1.0,
-        kl_coef=s.kl_coef, num_sample_generations=0, kl_estimator="k1", cliprange=s.clip_coef, vf_coef=0.1, gamma=1.0,
+        local_rollout_forward_batch_size=peer.rows("ppo", answers), response_length=size.answer[1], stop_token="eos",
+        temperature=1.0, kl_coef=s.kl_coef, num_sample_generations=0, kl_estimator="k1", cliprange=s.clip_coef, vf_coef=0.1, gamma=1.0,
         lam=0.95, whiten_rewards=False,
     )  # fmt: skip
     dataset = Dataset.from_dict({"input_ids": [ids for work in works for ids in work.sequences]})
@@ -307,7 +319,7 @@ def generate(peer: Peer) -> None:
 
     model, size = peer.model("policy", peer.inference).eval(), peer.place.size
     works = peer.works("generate")
-    forced = ForcedLengths(model, [work.lengths for work in works])
+    ForcedLengths(model, [work.lengths for work in works])
     config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=size.response[1], pad_token_id=PAD,
                               eos_token_id=EOS)  # fmt: skip
     device = peer.place.device
@@ -324,7 +336,8 @@ def generate(peer: Peer) -> None:
 
 def judge(peer: Peer) -> None:
     """Left-padded batches of questions of about the same length, the logits of the last position only."""
-    answer = straightforward(peer.model("policy", peer.inference).eval())
+    cpu = peer.place.device.type == "cpu"
+    answer = straightforward(peer.model("policy", peer.inference).eval(), CPU_QUESTIONS if cpu else BATCH)
     works = peer.works("judge")
     peer.turns.start()
     for work in works[: peer.turns.steps]:
