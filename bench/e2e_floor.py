@@ -29,11 +29,14 @@ class Products:
         queries, inner = s["num_heads"] * s["head_dim"], s["intermediate_size"]
         block = [(hidden, queries), (hidden, kv), (hidden, kv), (queries, hidden), (hidden, inner), (hidden, inner),
                  (inner, hidden)]  # fmt: skip
-        self.layers, self.block, self.head = s["num_layers"], block, (hidden, s["vocab_size"])
+        head = (hidden, s["vocab_size"])
         g = torch.Generator().manual_seed(0)
-        self.weights = {
-            shape: torch.randn(shape[::-1], generator=g).to(self.device, self.dtype) for shape in {*block, self.head}
-        }
+
+        def random(shape: tuple[int, int]) -> torch.Tensor:
+            return torch.randn(shape[::-1], generator=g).to(self.device, self.dtype)
+
+        # Of every layer their own, since decoding a few rows is bound by reading them.
+        self.layers, self.head = [[random(shape) for shape in block] for _ in range(s["num_layers"])], random(head)
         self.buffers: dict[int, torch.Tensor] = {}
 
     def _rows(self, count: int, width: int) -> torch.Tensor:
@@ -43,17 +46,17 @@ class Products:
             held = self.buffers[width] = torch.randn(count, width).to(self.device, self.dtype)
         return held[:count]
 
-    def _product(self, rows: int, shape: tuple[int, int], backward: bool) -> None:
-        weight, x, y = self.weights[shape], self._rows(rows, shape[0]), self._rows(rows, shape[1])
+    def _product(self, rows: int, weight: torch.Tensor, backward: bool) -> None:
+        x, y = self._rows(rows, weight.shape[1]), self._rows(rows, weight.shape[0])
         x @ weight.t()
         if backward:
             y @ weight
             y.t() @ x
 
     def trunk(self, rows: int, backward: bool = False) -> None:
-        for _ in range(self.layers):
-            for shape in self.block:
-                self._product(rows, shape, backward)
+        for layer in self.layers:
+            for weight in layer:
+                self._product(rows, weight, backward)
 
     def logits(self, rows: int, backward: bool = False) -> None:
         for start in range(0, rows, HEAD_ROWS):

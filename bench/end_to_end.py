@@ -30,6 +30,7 @@ from bench.e2e_turns import Memory, Turns, report
 from bench.environment import RESULTS, ROOT, environment
 
 PARTS = ("turns", "ours", "peer")
+NUMBERS = ("preset", "rounds", "warmup", "threads", "epochs")  # options that a stage's process gets too
 MEMORY_STEPS = 2
 UNITS = {"generate": "sampled", "rloo": "sampled", "grpo": "sampled", "ppo": "sampled", "judge": "prompt"}
 
@@ -93,12 +94,12 @@ def works_file(folder: Path, stage: str) -> Path:
 def in_process(chosen: argparse.Namespace, folder: Path, stage: str, part: str) -> dict[str, Any]:
     """`run_part` in a process of its own, which writes its result to a file."""
     result = folder / f"{stage}.{part}.json"
-    command = [sys.executable, "-m", "bench.end_to_end", "--only", stage, "--part", part, "--folder", str(folder)]
-    for name in ("preset", "rounds", "warmup", "threads", "epochs"):
-        command += [f"--{name}", str(getattr(chosen, name))]
+    arguments = [sys.executable, "-m", "bench.end_to_end", "--only", stage, "--part", part, "--folder", str(folder)]
+    for name in NUMBERS:
+        arguments += [f"--{name}", str(getattr(chosen, name))]
     if chosen.ppo_trl_path is not None:
-        command += ["--ppo-trl-path", str(chosen.ppo_trl_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        arguments += ["--ppo-trl-path", str(chosen.ppo_trl_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"failed": last}
@@ -141,6 +142,13 @@ def memory_cell(found: dict[str, Any]) -> str:
     return "failed" if "failed" in found else f"{found['peak']:.0f} ({found['peak'] - found['imports']:.0f})"
 
 
+def command(chosen: argparse.Namespace) -> str:
+    """What was typed, without folders of this machine."""
+    parts = ["python -m bench.end_to_end", f"--peer {chosen.peer}"]
+    parts += [f"--{name} {getattr(chosen, name)}" for name in ("only", *NUMBERS)]
+    return " ".join(parts + ["--ppo-trl-path DIR"] * (chosen.ppo_trl_path is not None))
+
+
 def main() -> int:
     chosen = options()
     if chosen.part:
@@ -154,8 +162,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(chosen.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = [f"{k} {v}" for k, v in (("--only", chosen.only), ("--preset", chosen.preset), ("--rounds", chosen.rounds))]
-    result = {**environment(), "command": " ".join(["python -m bench.end_to_end --peer trl", *given]), "stages": {}}
+    result = {**environment(), "command": command(chosen), "preset": chosen.preset, "stages": {}}
     path = chosen.out / f"end_to_end-{device}.json"
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -167,6 +174,12 @@ def main() -> int:
             print(line(stage, found), flush=True)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
+    try:
+        from bench.e2e_chart import draw
+    except ModuleNotFoundError as error:
+        print(f"no chart: {error.name} is not installed here")
+        return 0
+    draw(result, chosen.peer, path.with_suffix(".svg"))
     return 0
 
 
