@@ -172,6 +172,17 @@ def test_snapshots_are_planned() -> None:
     assert kept("--rl.snapshot_every 41") == kept("")
 
 
+def test_the_best_state_is_planned_beside_the_newest_ones() -> None:
+    def states(words: str) -> float:
+        return Planner(config.load(f"--stages rl --model.device cpu --rl.critic detached {words}".split())).disk("rl")[
+            1
+        ]
+
+    one = states("--checkpoint.keep 2") - states("--checkpoint.keep 1")
+    assert states("--checkpoint.keep 1") == pytest.approx(3 * one)  # the newest, the best, and one being written
+    assert states("--checkpoint.keep 1 --rl.algorithm dpo") == pytest.approx(2 * one)
+
+
 def test_adapters_are_merged_in_a_snapshot(base: Path, tmp_path: Path) -> None:
     lora = {"lora__rank": 2, "rl__steps": 1, "rl__snapshot_every": 1, "rl__lr": 1e-2}
     ctx = open_run(tmp_path / "run", base, **SETTINGS | lora)
