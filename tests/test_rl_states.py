@@ -215,7 +215,7 @@ def planted(patch: pytest.MonkeyPatch, pm_eval: tuple[float, ...] = PM_EVAL, len
     ({"guards__divergence": "stop"}, PM_EVAL, 0.0, 3, "newest"),
     ({"guards__length": "warn"}, PM_EVAL, 999.0, 3, "best by mean pm_eval score, 2, "),  # iteration 2 has tripped one
     ({}, (0.0, -1.0, -1.0, -1.0, -9.0), 0.0, 0, "best by mean pm_eval score, 0, "),  # SL-CAI itself
-    ({"rl__save_every": 2, "checkpoint__keep": 3}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "best by mean pm_eval score, 0.5, "),
+    ({"rl__save_every": 2, "checkpoint__keep": 3}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "pm_eval score, 0.5, "),
 ])  # fmt: skip
 def test_a_rollback_exports_the_best_state_bit_for_bit(
     changes: dict[str, Any], pm_eval: tuple[float, ...], length: float, step: int, why: str,

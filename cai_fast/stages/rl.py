@@ -275,7 +275,8 @@ def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
         "rollouts": ctx.dist.on_main(lambda: write_rollouts(ctx)),
     } | results
     roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
-    ctx.log.info(f"rl: {summary}")
+    shown = {name: value for name, value in summary.items() if name != "guards"}  # a table
+    ctx.log.info(f"rl: {shown}")
     ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 
 
