@@ -1,6 +1,7 @@
 """A comparison of two runs as sections of notes and tables, printed as text or as one HTML page."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -232,5 +233,5 @@ def _numeric(text: str) -> bool:
 def as_html(found: Sequence[Section]) -> str:
     """The sections as one self-contained page."""
     body = environment().get_template("comparison.html").render(sections=found)
-    links = {f"part-{n}": section.title.partition(",")[0] for n, section in enumerate(found) if n}
+    links = {f"part-{n}": re.split(r",| \(", section.title)[0] for n, section in enumerate(found) if n}
     return shell("Two runs – cai_fast", body, links=links)
