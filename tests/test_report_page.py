@@ -49,7 +49,7 @@ def opened(browser: Any, file: Path, width: int) -> Iterator[Any]:
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme="light", reduced_motion="reduce"
     )
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     page, wrong = context.new_page(), []
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
