@@ -237,13 +237,13 @@ def phrase_counts(answers: Sequence[NDArray[np.int64]], prompts: Sequence[Hashab
         by_prompt.setdefault(prompt, []).append(phrase)
     counts = np.zeros(BUCKETS, dtype=np.int32)
     for own in by_prompt.values():
-        counts[np.unique(np.concatenate(own))] += 1
+        counts[np.concatenate(own)] += 1  # once, however often a prompt has it: numpy adds to each place once
     return counts
 
 
 def covered(answers: Sequence[NDArray[np.int64]], counts: NDArray[np.int32], prompts: int) -> int:
-    """Tokens of the answers that lie in a phrase shared by more than COMMON of so many prompts."""
-    common, tokens = counts > COMMON * prompts, 0
+    """Tokens of the answers that lie in a phrase shared by more than COMMON of so many prompts, by two at least."""
+    common, tokens = counts > max(1.0, COMMON * prompts), 0
     for phrase in answers:
         starts = common[phrase]
         inside = np.zeros(len(starts) + NGRAM - 1 if len(starts) else 0, dtype=bool)

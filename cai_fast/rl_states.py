@@ -24,6 +24,7 @@ class RlStates:
     def __init__(self, ctx: Context) -> None:
         """Collective: looks for the state to continue from, `found`, or None."""
         self.ctx, self.cfg, settings = ctx, ctx.config.rl, ctx.config.checkpoint
+        self.every = self.cfg.save_every
         self.newest, self.stopped = (
             Checkpoints(ctx.run.state_dir(name), ctx.dist, keep=settings.keep, background=settings.background)
             for name in ("rl", "rl_stopped")
@@ -39,8 +40,7 @@ class RlStates:
 
     def due(self, step: int) -> bool:
         """Whether a state is to be saved at this step."""
-        every = self.cfg.save_every
-        return step == self.cfg.steps or bool(step and every and step % every == 0)
+        return step == self.cfg.steps or bool(step and self.every and step % self.every == 0)
 
     def judged(self, step: int, ppo: PolicyGradient, extra: dict[str, Any], score: float | None) -> None:
         """Save where it is due or a stop was asked for; no guard has ended training at `step`. Collective.

@@ -19,6 +19,7 @@ from cai_fast.records import Prompt, Turn
 from cai_fast.rundir import RunDir
 from cai_fast.runlog import RunLog
 from cai_fast.sampler import Item, Sampler
+from cai_fast.scorer import Scorer
 from cai_fast.stages import rl
 from cai_fast.tokenizer import Finished, Tokenizer
 
@@ -35,8 +36,9 @@ def write_inputs(folder: Path) -> None:
     """Prompts and checkpoints, as the stages before would have written them."""
     tokenizer = Tokenizer.load(byte_tokenizer(folder / "tokenizer"))
     shape = CONFIG.replace(vocab_size=tokenizer.vocab_size)
-    for name, head in (("sl_cai", "lm"), ("pm", "score")):
-        model.init_random(shape, 0, head=head, std=0.1).save(folder / "checkpoints" / name, tokenizer=tokenizer)
+    for name, head in (("sl_cai", "lm"), ("pm", "score"), ("pm_eval", "score")):
+        seed = int(name == "pm_eval")
+        model.init_random(shape, seed, head=head, std=0.1).save(folder / "checkpoints" / name, tokenizer=tokenizer)
     kinds = ("red_team", "helpful")
     rows = [Prompt(f"{k}{i}", k, (Turn("human", f"{k} question number {i} of several"),), "written", "train")
             for k in kinds for i in range(20)]  # fmt: skip
@@ -53,11 +55,11 @@ def work(inputs: Path, folder: Path, dist: distributed.Distributed, pause: float
     cfg = settings(folder)
     run = RunDir.open(folder, cfg, dist=dist)
     if dist.is_main:
-        for name in ("checkpoints/sl_cai", "checkpoints/pm", "prompts.jsonl"):
+        for name in ("checkpoints/sl_cai", "checkpoints/pm", "checkpoints/pm_eval", "prompts.jsonl"):
             (folder / name).symlink_to(inputs / name)
     dist.barrier()
     ctx = pipeline.open_context(cfg, run, RunLog(folder / "metrics.jsonl", dist.is_main), dist)
-    seen: dict[str, list[list[int]]] = {"sampled": [], "scored": []}
+    seen: dict[str, list[list[int]]] = {"sampled": [], "scored": [], "held_out": []}
     sample, score = Sampler._sample, Sampler.score
 
     def slowly(self: Sampler, items: list[Item], stage: str) -> list[Completion]:
@@ -65,9 +67,9 @@ def work(inputs: Path, folder: Path, dist: distributed.Distributed, pause: float
         seen["sampled"].append([item.number for item in items])
         return sample(self, items, stage)
 
-    def scored(self: Sampler, items: list[Item], finished: list[Finished]) -> Tensor:
-        seen["scored"].append([item.number for item in items])
-        return score(self, items, finished)
+    def scored(self: Sampler, scorer: Scorer, items: list[Item], finished: list[Finished]) -> Tensor:
+        seen["scored" if scorer is self.scorer else "held_out"].append([item.number for item in items])
+        return score(self, scorer, items, finished)
 
     Sampler._sample, Sampler.score = slowly, scored
     try:

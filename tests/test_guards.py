@@ -181,7 +181,8 @@ def plain_share(answers: list[list[int]], prompts: list[int]) -> float:
     covered = 0
     for ids in answers:
         common = [
-            len(owners[tuple(ids[i : i + n])]) > guards.COMMON * len(set(prompts)) for i in range(len(ids) - n + 1)
+            len(owners[tuple(ids[i : i + n])]) > max(1, guards.COMMON * len(set(prompts)))
+            for i in range(len(ids) - n + 1)
         ]
         covered += sum(any(common[max(0, t - n + 1) : t + 1]) for t in range(len(ids)))
     return covered / max(1, sum(map(len, answers)))
@@ -208,6 +209,7 @@ def test_boilerplate_is_what_answers_to_different_prompts_share() -> None:
     same = [ids for ids in answers[:10] for _ in range(5)]  # five samples a prompt, all alike
     assert share(same, [i // 5 for i in range(50)]) == 0
     assert share([[1, 2, 3, 4]] * 9, [*range(9)]) == 0, "too short for a phrase"
+    assert share(answers[:3], [0, 1, 2]) == 0, "what one prompt has is not shared"
 
 
 def test_phrases_of_different_order_differ_and_counts_of_ranks_add_up() -> None:

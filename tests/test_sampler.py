@@ -9,7 +9,7 @@ import rank_worker
 import torch
 from tiny import alone
 
-from cai_fast import records
+from cai_fast import guards, records
 from cai_fast.records import Prompt
 from cai_fast.sampler import Answers, Item, pieces
 
@@ -51,7 +51,22 @@ def test_rollouts_do_not_depend_on_who_sampled_them(runs: tuple[Path, Path]) -> 
     tokens = records.read_tokens(runs[0] / "tokens" / "rollouts.safetensors")
     assert sum(len(logprobs) for _, logprobs in tokens.values()) > 300
     halves = [[*range(6)], [*range(6, 15)]]  # never between the samples of a prompt
-    assert seen(runs[1], "scored") == [[half] * 3 for half in halves], "each trains on its own, whoever sampled it"
+    for what in ("scored", "held_out"):
+        assert seen(runs[1], what) == [[half] * 3 for half in halves], "each trains on its own, whoever sampled it"
+
+
+@pytest.mark.distributed
+def test_guards_see_the_same_numbers_on_any_number_of_ranks(runs: tuple[Path, Path]) -> None:
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs)
+    watched = {rule.metric for rule in guards.RULES} | {f"rl/{name}" for name in guards.START} | {"rl/length_slope"}
+    for row, other in zip(one, two, strict=True):
+        assert watched <= row.keys()
+        for name in watched:
+            assert row[name] == other[name] or row[name] == pytest.approx(
+                other[name], rel=1e-5, abs=1e-7, nan_ok=True
+            ), name
+    assert one[0]["rl/length_slope"] != 0 and one[0]["rl/pm_eval_deviation"] > 0
+    assert one[1]["rl/pm_divergence"] != 0
 
 
 @pytest.mark.distributed

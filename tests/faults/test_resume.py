@@ -105,11 +105,14 @@ def test_sigterm_saves_the_state_and_ends(
 def test_a_guard_never_falls_back_to_a_policy_that_a_stop_saved_unjudged(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    settings = {"guards__max_kl": 1e-9}  # so that the guard stops at the first policy that was trained
+    settings = {
+        "guards__kl": "rollback",
+        "guards__max_kl": 1e-9,
+    }  # so that the guard stops at the first policy that was trained
     for name, fault in (("whole", None), ("stopped", Fault(TICK, 6, TERM))):
         copy(undisturbed.before["rl"], tmp_path / name)
-        code = undisturbed.run(tmp_path / name, "rl", fault, **settings).code
-        assert code == (143 if fault else 0)
+        run = undisturbed.run(tmp_path / name, "rl", fault, **settings)
+        assert run.code == (143 if fault else 0), run.text
     assert (tmp_path / "stopped" / "journal" / "rl_stopped.state" / "step_1").is_dir()
     assert undisturbed.run(tmp_path / "stopped", "rl", **settings).code == 0
     assert kill_campaign.differences(tmp_path / "stopped", tmp_path / "whole") == []
