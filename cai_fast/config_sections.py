@@ -155,8 +155,17 @@ class BaseConfig(Section):
     lr: float = opt(6e-3, "AdamW learning rate (embedding, norms)", lo=0.0)
     muon_lr: float = opt(0.012, "Muon learning rate (block matrices)", lo=0.0)
     warmup_steps: int = opt(50, "warm-up steps", lo=0)
+    hidden_size: int = opt(96, "width of the model: a multiple of its heads' 24", lo=24, hi=1536)
+    layers: int = opt(4, "layers of the model", lo=1, hi=64)
+    direct_revisions: float = opt(
+        0.06, "share of the corpus that revises without a critique; 0.48 are revisions of either kind", lo=0.0, hi=0.48
+    )
     comparisons: int = opt(1500, "helpfulness comparisons to write, for pm and pm_eval together", lo=2, hi=100000)
     cache: bool = opt(True, "keep the result in the user's cache folder for later runs", work=True)
+
+    def check_together(self, s: types.SimpleNamespace) -> None:
+        if s.hidden_size % 24:
+            raise InputError(f"base.hidden_size must be a multiple of 24. Got {s.hidden_size}.")
 
 
 @dataclass(frozen=True)

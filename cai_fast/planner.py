@@ -54,7 +54,7 @@ class Planner:
 
     def shape(self, role: str) -> Shape:
         """Of the model in a role."""
-        return memory.shape(self.config.role(role))
+        return memory.role_shape(self.config, role)
 
     def speeds(self) -> capacity.Rates:
         """Of one device: measured, or those of the GPU that is assumed."""
