@@ -159,22 +159,23 @@ def test_the_peers_time_excludes_our_turn(monkeypatch: pytest.MonkeyPatch) -> No
     assert turns.peer_seconds == [Seconds(6.0, 3.0), Seconds(8.0, 4.0), Seconds(12.0, 6.0)]
     found = report(turns)
     assert found["ratio"] == {"median": 2.0, "min": 1.5, "max": 3.0} == found["ratio of cpu time"]
-    assert found["floor ratio"]["median"] == 8.0
+    assert found["floor ratio"]["median"] == 8.0 and found["share of floor"] == 0.25
     assert found["tokens/s"] == {"peer": 30 / 26, "ours": 30 / 12, "floor": 30 / 3}
     assert found["largest gap"] is None and found["checked"] == 4
 
 
 def test_unequal_work_or_results_are_refused() -> None:
-    assert compare(Done(3), Done(3, loss=1.0)) == []
-    assert compare(Done(3, probabilities=[0.5, 0.25]), Done(3, probabilities=[0.5, 0.25])) == [0.0]
+    assert compare(Done(3), Done(3, loss=1.0), 0.0) == []
+    assert compare(Done(3, probabilities=[0.5, 0.25]), Done(3, probabilities=[0.5, 0.25]), 0.0) == [0.0]
+    assert compare(Done(3, loss=1.0), Done(3, loss=1.01), 0.02) == pytest.approx([0.01 / 1.01])
     with pytest.raises(Differs, match="3 tokens on our side and 4"):
-        compare(Done(3), Done(4))
+        compare(Done(3), Done(4), 1e-3)
     with pytest.raises(Differs, match="equal losses"):
-        compare(Done(3, loss=1.0), Done(3, loss=1.01))
+        compare(Done(3, loss=1.0), Done(3, loss=1.01), 1e-3)
     with pytest.raises(Differs, match="equal losses"):
-        compare(Done(3, loss=float("nan")), Done(3, loss=1.0))
+        compare(Done(3, loss=float("nan")), Done(3, loss=1.0), 1e-3)
     with pytest.raises(Differs, match="equal probabilities"):
-        compare(Done(1, probabilities=[0.5]), Done(1, probabilities=[0.51]))
+        compare(Done(1, probabilities=[0.5]), Done(1, probabilities=[0.51]), 1e-3)
 
 
 def test_ratios_are_of_neighbouring_steps() -> None:
