@@ -84,14 +84,19 @@ def test_our_supervised_losses_are_those_of_plain_torch(place: Place) -> None:
 
 
 def test_our_judge_gives_each_question_its_own_probability(place: Place) -> None:
-    """In the order of the questions, though the engine computes them as trees; and the pair of orders differs."""
-    work, policy = draw(SMALL, "judge", 1)[0], load(place.folder / "policy").requires_grad_(False)
-    found = e2e_ours.judge(place)(work).probabilities
-    expected = []
-    for ids in work.sequences:
+    """In the order of the questions, though the engine computes them as trees, and also where one is asked twice."""
+    policy, judge = load(place.folder / "policy").requires_grad_(False), e2e_ours.judge(place)
+
+    def alone(ids: list[int]) -> float:
         hidden = policy.hidden(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)]))[-1]
-        expected.append(float((hidden @ policy.lm_head_weight[list(e2e_ours.OPTIONS)].t()).softmax(-1)[0]))
-    assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == len(found) == 3 * 2 * 2
+        return float((hidden @ policy.lm_head_weight[list(e2e_ours.OPTIONS)].t()).softmax(-1)[0])
+
+    work = draw(SMALL, "judge", 1)[0]
+    branches = [[7, 8, 9], [7, 10], [7, 8, 11], [7, 8, 9], [12, 13], [14], [12, 15], [12]]
+    for asked in (work, Work(branches, together=4)):
+        expected = [alone(ids) for ids in asked.sequences]
+        assert judge(asked).probabilities == pytest.approx(expected, abs=1e-5)
+    assert len({alone(ids) for ids in work.sequences}) == len(work.sequences) == 3 * 2 * 2
 
 
 def test_draws_are_reproducible_and_within_their_bounds() -> None:
