@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-GUARDS_OFF = ["--rl.max_kl", "0", "--rl.max_refusal_rate", "1"]
+GUARDS_OFF = ["--guards.kl", "off", "--guards.refusals", "off"]
 STAGES = "base,revise,sft,compare,label,pm,rl,evaluate"
 CASES = {
     "harmless_only": ("pm", ["--pm.harmless_only", "true", "--rl.kl_coef", "0.02", "--rl.lr", "6e-4"]),

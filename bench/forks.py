@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-POLL = 0.002  # seconds
+POLL, STARTER_POLL = 0.002, 0.02  # seconds
 SIGNALS = {"kill": signal.SIGKILL, "torn": signal.SIGKILL, "term": signal.SIGTERM}
 
 
@@ -55,10 +56,13 @@ class Forks:
         self.process = subprocess.Popen([sys.executable, "-m", "bench.forks"], cwd=ROOT, env=environment, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
-    def run(self, words: Sequence[str], *, fault: Fault | None = None, kill_after: float | None = None) -> Run:
-        """`train.py WORDS` in a process of its own, with a fault built in or killed after some seconds."""
+    def run(self, words: Sequence[str], *, fault: Fault | None = None, kill_after: float | None = None,
+            program: str = "cai_fast.train") -> Run:  # fmt: skip
+        """`main(WORDS)` of a module, train.py's by default, in a process of its own, with a fault built in or killed
+        after some seconds."""
         with tempfile.NamedTemporaryFile("r", suffix=".log", encoding="utf-8", errors="replace") as output:
-            job = {"words": list(words), "fault": fault and asdict(fault), "after": kill_after, "output": output.name}
+            job = {"words": list(words), "fault": fault and asdict(fault), "after": kill_after, "output": output.name,
+                   "program": program}  # fmt: skip
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
@@ -96,8 +100,6 @@ def arm(fault: Fault) -> None:
 
 def _child(job: dict[str, Any], replies: int) -> None:
     """Become the run; never returns."""
-    from cai_fast import train
-
     os.close(replies)
     os.setpgid(0, 0)  # a Ctrl-C at the terminal is for the campaign
     output = os.open(job["output"], os.O_WRONLY | os.O_TRUNC)
@@ -106,7 +108,7 @@ def _child(job: dict[str, Any], replies: int) -> None:
     if job["fault"]:
         arm(Fault(**job["fault"]))
     try:
-        code = train.main(job["words"])
+        code = importlib.import_module(job["program"]).main(job["words"])
     except SystemExit as stop:
         code = stop.code
     sys.stdout.flush()
@@ -115,14 +117,18 @@ def _child(job: dict[str, Any], replies: int) -> None:
 
 
 def _wait(pid: int, after: float | None, began: float) -> int:
-    """The child's exit code, negative for a signal; kills it `after` so many seconds."""
+    """The child's exit code, negative for a signal; kills it `after` so many seconds. Without that, a child whose
+    starter is gone, which closes this process's stdin, is told to stop."""
     while after is not None and time.monotonic() - began < after:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(POLL)
-    if after is not None:
-        os.kill(pid, signal.SIGKILL)
+    while after is None and not select.select([sys.stdin], [], [], STARTER_POLL)[0]:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+    os.kill(pid, signal.SIGTERM if after is None else signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

@@ -36,7 +36,7 @@ SIZES = {
     "compare.chunk": 4, "compare.pairs_per_prompt": 2, "compare.max_new_tokens": 20, "label.chunk": 4,
     "pm.batch_pairs": 4, "pm.save_every": 2, "pm.micro_tokens": 1000, "rl.steps": 5, "rl.save_every": 2,
     "rl.prompts_per_step": 4, "rl.max_new_tokens": 16, "rl.micro_tokens": 500, "rl.minibatches": 2,
-    "rl.lr": 1e-3, "rl.critic": "pm", "rl.max_kl": 0.0, "rl.max_refusal_rate": 1.0, "evaluate.num_red_team": 4,
+    "rl.lr": 1e-3, "rl.critic": "pm", "guards.kl": "off", "guards.refusals": "off", "evaluate.num_red_team": 4,
     "evaluate.num_helpful": 3, "evaluate.max_new_tokens": 20, "evaluate.judge_pairs": 3, "evaluate.bootstrap": 20,
     "report.samples": 2,
 }  # fmt: skip

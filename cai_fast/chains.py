@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cai_fast import pipeline, rng
@@ -170,6 +170,7 @@ class Reviser:
             provenance=self._provenance(
                 self.specs["revision"],
                 prompt.id,
+                critique_sampling=asdict(self.specs["critique"]) if self.ctx.config.revise.critique else None,
                 few_shot=chain.few_shot,
                 rng={"response": self.ctx.key_parts("revise/response", prompt.id), "rounds": chain.drawn},
             ),

@@ -6,6 +6,7 @@ A step is written to a temporary folder, fsynced, described by a manifest of has
 steps removed. So a kill or a full disk at any instant leaves the last complete step, and a damaged one is passed over.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -115,18 +116,26 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def latest(self) -> Saved | None:
-        """The newest step whose hashes hold; None if there is none. Damaged steps are named in a warning.
+    def latest(self, folder: Path | None = None) -> Saved | None:
+        """The newest step, here or in a folder of copies, whose hashes hold; None if there is none. Damaged steps are
+        named in a warning.
 
         Raises InputError for a state of another version.
         """
         self.wait()
-        found = self.dist.on_main(lambda: _newest(self.folder))
+        folder = folder or self.folder
+        found = self.dist.on_main(lambda: _newest(folder))
         if found is None:
             return None
         name, tree = found
         types = {n: torch.empty(size, dtype=BY_NAME[dtype], device="meta") for n, (dtype, size) in tree["tensors"]}
-        return Saved(**(tree | {"tensors": types}), folder=self.folder / name)
+        return Saved(**(tree | {"tensors": types}), folder=folder / name)
+
+    def copy_newest(self, folder: Path) -> None:
+        """Keep the newest step in another folder too, instead of what is there. Hard links: it takes no room until the
+        step is pruned here."""
+        self.wait()
+        self.dist.on_main(lambda: _copy(_steps(self.folder)[-1][2], folder))
 
     def load(self, saved: Saved, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place, plain or DTensor, whatever the number of ranks was; each rank reads its shards only.
@@ -309,6 +318,31 @@ def _steps(folder: Path) -> list[tuple[int, int, Path]]:
         return []
     matches = [(STEP.fullmatch(p.name), p) for p in folder.iterdir()]
     return sorted((int(m[1]), int(m[2] or 0), p) for m, p in matches if m)
+
+
+def _copy(step: Path, folder: Path) -> None:
+    """Make `step` the only one in `folder`, which has none or one at every instant."""
+    final, temporary = folder / step.name, folder / f"{step.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if not final.exists():
+        shutil.copytree(step, temporary, copy_function=_link)
+        fsync_dir(temporary)
+        os.rename(temporary, final)
+        fsync_dir(folder)
+    for _, _, other in _steps(folder):
+        if other != final:
+            shutil.rmtree(other)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)  # a file system without links
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _damage(step: Path) -> str | None:

@@ -64,7 +64,7 @@ def load(ctx: Context, role: str) -> tuple[list[Pair], dict[str, int]]:
     helpful, rejected = helpful_pairs(ctx, renderer, role)
     if not helpful and not cfg.harmless_only:
         raise InputError(
-            "No helpfulness comparison to train on; harmlessness comparisons alone teach refusals. Give "
+            "No helpfulness comparison to train on; training without any teaches refusals. Give "
             "--data.preferences FILE, or --pm.harmless_only true to do it all the same."
         )
     return harmless_pairs(ctx, renderer) + ([] if cfg.harmless_only else helpful), rejected

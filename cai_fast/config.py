@@ -13,26 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cai_fast import config_schema as schema
+from cai_fast import config_sections as sections
 from cai_fast.config_schema import nearest
-from cai_fast.config_sections import (
-    SECTIONS,
-    BaseConfig,
-    CheckpointConfig,
-    CompareConfig,
-    DataConfig,
-    EngineConfig,
-    EvaluateConfig,
-    HardwareConfig,
-    LabelConfig,
-    LoraConfig,
-    ModelConfig,
-    ParallelConfig,
-    PmConfig,
-    ReportConfig,
-    ReviseConfig,
-    RlConfig,
-    SftConfig,
-)
+from cai_fast.config_sections import SECTIONS, GuardsConfig, ModelConfig
 from cai_fast.errors import InputError
 from cai_fast.inputs import is_text, parse_toml, read_bytes, require_file
 
@@ -49,6 +32,7 @@ _PROMPTS = (
 _TEXT = ("data.constitution", "data.few_shot_pool")
 _MODEL = ("model.base", "model.dtype", "model.max_len")
 _TRAINED = (*_MODEL, "model.moments", "lora.rank", "lora.alpha", "lora.targets")
+_GUARDS = tuple(f"guards.{key}" for key in GuardsConfig().values())
 _USES: dict[str, tuple[str, ...]] = {
     "base": ("data.constitution", "data.preferences"),
     "revise": (*_MODEL, "model.assistant", *_TEXT, *_PROMPTS),
@@ -56,7 +40,7 @@ _USES: dict[str, tuple[str, ...]] = {
     "compare": (*_MODEL, *_TEXT, *_PROMPTS, "data.preferences"),
     "label": (*_MODEL, "model.judge", *_TEXT),
     "pm": (*_TRAINED, "data.max_bad_fraction", "data.max_prompt_tokens", "data.drop_oldest_turns"),
-    "rl": (*_TRAINED, *_TEXT, *_PROMPTS),
+    "rl": (*_TRAINED, *_TEXT, *_PROMPTS, *_GUARDS),
     "evaluate": (*_MODEL, "model.judge", *_TEXT, *_PROMPTS),
     "report": (),
 }
@@ -71,22 +55,24 @@ class Config:
     stages: tuple[str, ...] = STAGES
     preset: str = "toy"
     restart_from: str = ""
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
-    base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
-    revise: ReviseConfig = dataclasses.field(default_factory=ReviseConfig)
-    sft: SftConfig = dataclasses.field(default_factory=SftConfig)
-    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
-    label: LabelConfig = dataclasses.field(default_factory=LabelConfig)
-    pm: PmConfig = dataclasses.field(default_factory=PmConfig)
-    rl: RlConfig = dataclasses.field(default_factory=RlConfig)
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    model: sections.ModelConfig = dataclasses.field(default_factory=sections.ModelConfig)
+    data: sections.DataConfig = dataclasses.field(default_factory=sections.DataConfig)
+    engine: sections.EngineConfig = dataclasses.field(default_factory=sections.EngineConfig)
+    lora: sections.LoraConfig = dataclasses.field(default_factory=sections.LoraConfig)
+    parallel: sections.ParallelConfig = dataclasses.field(default_factory=sections.ParallelConfig)
+    checkpoint: sections.CheckpointConfig = dataclasses.field(default_factory=sections.CheckpointConfig)
+    log: sections.LogConfig = dataclasses.field(default_factory=sections.LogConfig)
+    hardware: sections.HardwareConfig = dataclasses.field(default_factory=sections.HardwareConfig)
+    base: sections.BaseConfig = dataclasses.field(default_factory=sections.BaseConfig)
+    revise: sections.ReviseConfig = dataclasses.field(default_factory=sections.ReviseConfig)
+    sft: sections.SftConfig = dataclasses.field(default_factory=sections.SftConfig)
+    compare: sections.CompareConfig = dataclasses.field(default_factory=sections.CompareConfig)
+    label: sections.LabelConfig = dataclasses.field(default_factory=sections.LabelConfig)
+    pm: sections.PmConfig = dataclasses.field(default_factory=sections.PmConfig)
+    rl: sections.RlConfig = dataclasses.field(default_factory=sections.RlConfig)
+    guards: sections.GuardsConfig = dataclasses.field(default_factory=sections.GuardsConfig)
+    evaluate: sections.EvaluateConfig = dataclasses.field(default_factory=sections.EvaluateConfig)
+    report: sections.ReportConfig = dataclasses.field(default_factory=sections.ReportConfig)
     explicit: frozenset[str] = frozenset()
 
     def role(self, name: str) -> str:
@@ -266,6 +252,9 @@ def _unknown(name: str) -> str:
 
 
 def _nearest_key(section: str, key: str) -> str:
+    elsewhere = [name for name, cls in SECTIONS.items() if key in cls().values()]
+    if len(elsewhere) == 1:  # such as rl.max_kl, which is a guard's
+        return f" Did you mean '{elsewhere[0]}.{key}'?"
     return nearest(key, SECTIONS[section]().values()).replace("mean '", f"mean '{section}.")
 
 

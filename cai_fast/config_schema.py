@@ -10,6 +10,8 @@ from typing import Any, ClassVar, get_args, get_origin
 from cai_fast.errors import InputError
 from cai_fast.inputs import is_text
 
+SCHEDULES = ("constant", "linear", "cosine")  # of learning rates
+
 
 def opt(
     default: Any,

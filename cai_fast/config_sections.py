@@ -9,10 +9,9 @@ import types
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cai_fast.config_schema import Section, opt
+from cai_fast.config_rl import GuardsConfig, RlConfig
+from cai_fast.config_schema import SCHEDULES, Section, opt
 from cai_fast.errors import InputError
-
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,15 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True)
+class LogConfig(Section):
+    """Copies of metrics.jsonl, which stays the record."""
+
+    section: ClassVar[str] = "log"
+    tensorboard: bool = opt(False, "also write TensorBoard's event files, to tensorboard/ in the run folder", work=True)
+    wandb: str = opt("", "Weights & Biases project to send metrics and settings to; empty: nothing is sent", work=True)
+
+
+@dataclass(frozen=True)
 class HardwareConfig(Section):
     """What --plan and --check assume instead of this machine."""
 
@@ -147,8 +155,17 @@ class BaseConfig(Section):
     lr: float = opt(6e-3, "AdamW learning rate (embedding, norms)", lo=0.0)
     muon_lr: float = opt(0.012, "Muon learning rate (block matrices)", lo=0.0)
     warmup_steps: int = opt(50, "warm-up steps", lo=0)
+    hidden_size: int = opt(96, "width of the model: a multiple of its heads' 24", lo=24, hi=1536)
+    layers: int = opt(4, "layers of the model", lo=1, hi=64)
+    direct_revisions: float = opt(
+        0.06, "share of the corpus that revises without a critique; 0.48 are revisions of either kind", lo=0.0, hi=0.48
+    )
     comparisons: int = opt(1500, "helpfulness comparisons to write, for pm and pm_eval together", lo=2, hi=100000)
     cache: bool = opt(True, "keep the result in the user's cache folder for later runs", work=True)
+
+    def check_together(self, s: types.SimpleNamespace) -> None:
+        if s.hidden_size % 24:
+            raise InputError(f"base.hidden_size must be a multiple of 24. Got {s.hidden_size}.")
 
 
 @dataclass(frozen=True)
@@ -255,105 +272,6 @@ class PmConfig(Section):
 
 
 @dataclass(frozen=True)
-class RlConfig(Section):
-    """Stage rl: from SL-CAI against the preference model (ppo, rloo, grpo), or on the comparisons themselves (dpo)."""
-
-    section: ClassVar[str] = "rl"
-    algorithm: str = opt(
-        "ppo",
-        "ppo: clipped policy gradient, advantages by a critic; rloo: an answer's reward minus the mean of the other "
-        "answers to its prompt; grpo: reward minus the mean of the prompt's answers, divided by their deviation; dpo: "
-        "no sampling and no preference model, soft labels fitted offline: reads dpo_beta, batch_pairs, epochs, lr, "
-        "schedule, warmup_steps, max_grad_norm, micro_tokens, save_every and the weights of section pm, nothing else",
-        choices=("ppo", "rloo", "grpo", "dpo"),
-        source="P 4.1: ppo; arXiv 2402.14740; 2402.03300; 2305.18290",
-    )
-    critic: str = opt(
-        "detached",
-        "of ppo. detached: value head on the policy's hidden states, no gradient into them; own: separate network from "
-        "SL-CAI; pm: separate network from the PM",
-        choices=("detached", "own", "pm"),
-    )
-    steps: int = opt(1000, "iterations (sample, then update)", lo=1)
-    prompts_per_step: int = opt(512, "prompts per iteration", lo=1)
-    samples_per_prompt: int = opt(
-        1, "answers per prompt; rloo and grpo compare them and need 2", lo=1, hi=1024, source="B App. B.1"
-    )
-    red_team_fraction: float = opt(0.5, "share of red-team prompts", lo=0.0, hi=1.0, source="P 4.2: 0.525")
-    temperature: float = opt(1.0, "sampling temperature", lo=0.01, hi=10.0, source="P 3.2")
-    top_k: int = opt(0, "must be 0: the ratios need the log-probability of the whole distribution", lo=0, hi=0)
-    top_p: float = opt(1.0, "must be 1, for the same reason", lo=1.0, hi=1.0)
-    max_new_tokens: int = opt(128, "longest answer in tokens", lo=1, source="B App. B.1")
-    kl_coef: float = opt(0.001, "weight of the KL penalty, in the reward or in the loss", lo=0.0, source="B 4.1")
-    kl_estimator: str = opt(
-        "auto",
-        "k1 is part of the reward, so that the score function carries the gradient of the whole answer's KL(policy || "
-        "SL-CAI). The others are part of the loss, and ignore what a token does to later ones: k2's gradient is on "
-        "average that of KL(policy || SL-CAI) at each token; k3's that of KL(SL-CAI || policy); exact sums the first "
-        "over the vocabulary, at the price of a pass of SL-CAI in every epoch. auto: k3 for grpo, else k1",
-        choices=("auto", "k1", "k2", "k3", "exact"),
-        source="B 4.1: k1; arXiv 2402.03300: k3",
-    )
-    kl_target: float = opt(0.0, "nats per answer that an adaptive kl_coef steers to; 0: kl_coef is fixed", lo=0.0)
-    clip_coef: float = opt(
-        0.2, "clip range of the ratio to the policy that sampled", lo=0.0, hi=1.0, source="B App. B.1"
-    )
-    gamma: float = opt(1.0, "discount of ppo", lo=0.0, hi=1.0, source="B App. B.1")
-    gae_lambda: float = opt(0.95, "GAE lambda of ppo", lo=0.0, hi=1.0)
-    vf_coef: float = opt(0.5, "weight of the value loss of ppo", lo=0.0)
-    epochs: int = opt(
-        4, "passes over the samples of one iteration; dpo: over the comparisons", lo=1, hi=64,
-        source="B App. B.1: 1, 2 or 4",
-    )  # fmt: skip
-    minibatches: int = opt(1, "optimizer steps per pass", lo=1)
-    lr: float = opt(1e-6, "learning rate of the policy", lo=0.0, source="B App. B.1: 0.01 x the pretraining rate")
-    critic_lr: float = opt(1e-5, "learning rate of the critic", lo=0.0)
-    schedule: str = opt("linear", "learning-rate schedule", choices=SCHEDULES)
-    warmup_steps: int = opt(
-        0, "linear warm-up, in iterations; dpo: in optimizer steps", lo=0, source="B App. B.1: 25,000 samples"
-    )
-    max_grad_norm: float = opt(1.0, "gradient clipping; 0: off", lo=0.0)
-    reward_transform: str = opt(
-        "none",
-        "standardise: subtract mean, divide by deviation of PM scores of SL-CAI",
-        choices=("none", "standardise"),
-        source="B 4.1: raw score",
-    )
-    missing_eos_penalty: float = opt(0.0, "subtracted from the reward of an answer that never stops", lo=0.0)
-    max_kl: float = opt(100.0, "guard: stop above this KL to SL-CAI in nats per answer; 0: off", lo=0.0, source="B 4.1")
-    max_refusal_rate: float = opt(0.9, "guard: stop above this share of refusals; 1: off", lo=0.0, hi=1.0)
-    min_entropy: float = opt(0.0, "guard: stop below this entropy in nats per token; 0: off", lo=0.0)
-    micro_tokens: int = opt(16384, "tokens per forward pass", lo=16, work=True)
-    save_every: int = opt(50, "iterations (dpo: steps) between checkpoints; 0: only at the end", lo=0, work=True)
-    dpo_beta: float = opt(
-        0.1, "dpo: a difference of log-ratios to SL-CAI times this is the logit of the label", lo=0.0,
-        source="arXiv 2305.18290",
-    )  # fmt: skip
-    batch_pairs: int = opt(64, "dpo: comparisons per optimizer step", lo=1, source="arXiv 2305.18290")
-
-    def check_together(self, s: types.SimpleNamespace) -> None:
-        if s.algorithm in ("rloo", "grpo") and s.samples_per_prompt < 2:
-            raise InputError(
-                f"rl.algorithm = {s.algorithm} compares the answers to a prompt: rl.samples_per_prompt must be at "
-                f"least 2. Got {s.samples_per_prompt}."
-            )
-        if s.algorithm == "dpo" and not s.dpo_beta:
-            raise InputError("rl.dpo_beta must be greater than 0: with 0 the loss does not depend on the policy.")
-
-    @property
-    def network(self) -> str:
-        """The kind of critic: rl.critic, or "" where the algorithm has none."""
-        return self.critic if self.algorithm == "ppo" else ""
-
-    @property
-    def kl_kind(self) -> str:
-        """The KL estimator in use: "k1" in the reward, "k2", "k3" or "exact" in the loss."""
-        if self.kl_estimator != "auto":
-            return self.kl_estimator
-        return "k3" if self.algorithm == "grpo" else "k1"
-
-
-@dataclass(frozen=True)
 class EvaluateConfig(Section):
     """Stage evaluate: every policy on prompts that no stage has seen."""
 
@@ -373,7 +291,14 @@ class ReportConfig(Section):
     """Stage report: report.html."""
 
     section: ClassVar[str] = "report"
-    samples: int = opt(50, "chains and comparisons shown", lo=0, hi=10000)
+    samples: int = opt(50, "chains, comparisons and answers to browse, of each", lo=0, hi=10000)
 
 
-SECTIONS: dict[str, type[Section]] = {cls.section: cls for cls in Section.__subclasses__()}
+SECTIONS: dict[str, type[Section]] = {
+    cls.section: cls
+    for cls in (
+        ModelConfig, DataConfig, EngineConfig, LoraConfig, ParallelConfig, CheckpointConfig, LogConfig, HardwareConfig,
+        BaseConfig, ReviseConfig, SftConfig, CompareConfig, LabelConfig, PmConfig, RlConfig, GuardsConfig,
+        EvaluateConfig, ReportConfig,
+    )
+}  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cai_fast.errors import InputError
 from cai_fast.inputs import kind, parse_toml, read_bytes
-from cai_fast.records import Turn, content_id
+from cai_fast.records import Record, Turn, content_id
 
 Phase = Literal["critique", "comparison"]
 KINDS = ("auto", "paper", "chat", "custom")
@@ -119,8 +119,8 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Constitution:
-    """Principles with the few-shot examples and the format that go with them."""
+class Constitution(Record):
+    """Principles with the few-shot examples and the format that go with them; as JSON the run folder keeps it."""
 
     name: str
     version: str

@@ -14,7 +14,8 @@ from torch import Tensor
 from cai_fast import heartbeat, rng
 from cai_fast.batching import bins, split_even
 from cai_fast.checkpoint import Checkpoints, TrainState
-from cai_fast.config import Config, PmConfig, RlConfig, SftConfig
+from cai_fast.config import Config
+from cai_fast.config_sections import PmConfig, RlConfig, SftConfig
 from cai_fast.distributed import Distributed, Stopped, training_mfu
 from cai_fast.losses import Stats
 from cai_fast.model import Model

@@ -69,13 +69,16 @@ class Judge:
     def label(self, items: Sequence[tuple[Comparison, tuple[Turn, ...]]]) -> Iterator[dict[str, Any]]:
         """One label row per comparison."""
         questions = [q for comparison, turns in items for q in self._questions(comparison, turns)]
+        self.ask(questions)
+        yield from self._labels([c for c, _ in items], questions)
+
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Add the probability of letter A, and the mass of both letters, to every question."""
         if self.cfg.cot:
             self._answer_with_cot(questions)
         else:
             rendered = [self.renderer.comparison(q.turns, *q.answers, q.principle, q.few_shot) for q in questions]
             self._read_options(questions, rendered)
-        labels = self._labels([c for c, _ in items], questions)
-        yield from labels
 
     def _questions(self, comparison: Comparison, turns: tuple[Turn, ...]) -> list[Question]:
         """The questions of one comparison: `label.principles` draws with replacement, in the configured orders."""

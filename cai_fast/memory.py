@@ -76,18 +76,23 @@ class Shape:
 
 
 @cache
-def shape(name: str) -> Shape:
-    """Of a checkpoint folder, from its config.json alone, or of the toy model."""
+def shape(name: str, *toy: int) -> Shape:
+    """Of a checkpoint folder, from its config.json alone, or of the toy model of this width and so many layers."""
     if name == pipeline.TOY:
         from cai_fast.toy.pretrain import model_config
 
-        model = model_config()
+        model = model_config(*toy)
     else:
         model = ModelConfig.from_hf(read_config(Path(name)))
     with torch.device("meta"):
         params = sum(p.numel() for p in Model(model, "lm").parameters())
     own_head = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
     return Shape(model, params, params - own_head)
+
+
+def role_shape(config: Config, role: str) -> Shape:
+    """Of the model in a role."""
+    return shape(config.role(role), config.base.hidden_size, config.base.layers)
 
 
 def step_tokens(config: Config) -> dict[str, tuple[float, int, int]]:
@@ -99,8 +104,11 @@ def step_tokens(config: Config) -> dict[str, tuple[float, int, int]]:
         "base": (config.base.tokens_per_step, config.base.tokens_per_step, 0),
         "sft": (config.sft.batch_tokens, config.sft.micro_tokens, prompt + config.revise.max_new_tokens),
         "pm": (config.pm.batch_pairs * pair, config.pm.micro_tokens, pair),
-        "rl": (rollout / rl.minibatches, rl.micro_tokens, prompt + rl.max_new_tokens),
-    }
+        "rl": (
+            (rl.batch_pairs * pair, rl.micro_tokens, pair) if rl.algorithm == "dpo"
+            else (rollout / rl.minibatches, rl.micro_tokens, prompt + rl.max_new_tokens)
+        ),
+    }  # fmt: skip
 
 
 class Layout:
@@ -114,7 +122,7 @@ class Layout:
 
     def shape(self, role: str) -> Shape:
         """Of the model in a role."""
-        return shape(self.config.role(role))
+        return role_shape(self.config, role)
 
     def __str__(self) -> str:
         kind = {2: "bfloat16", 4: "float32"}[self.width]

@@ -13,6 +13,7 @@ from typing import Any
 from cai_fast import records
 from cai_fast.pipeline import TOY, Context, load_prompts
 from cai_fast.records import Prompt, Turn
+from cai_fast.rundir import SNAPSHOT
 from cai_fast.tokenizer import Renderer
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -20,8 +21,9 @@ _KINDS = {  # name -> (stage that makes it, model that it starts from, what it i
     "sl_cai": ("sft", "base", "SL-CAI: the base model fine-tuned on AI revisions of its answers", "sft/loss"),
     "pm": ("pm", "pm_init", "The preference model that RL-CAI is trained against", "pm/loss"),
     "pm_eval": ("pm", "pm_init", "A preference model for evaluation, trained on other data", "pm_eval/loss"),
-    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by PPO against the preference model", "rl/reward"),
+    "rl_cai": ("rl", "sl_cai", "RL-CAI: SL-CAI trained by {} against the preference model", "rl/reward"),
 }
+_DPO = "RL-CAI: SL-CAI fitted by DPO to AI-labelled and helpfulness comparisons", "rl/loss"
 _DATA = """Red-team prompts ask for harmful things and are offensive; first answers to them may comply. Critiques,
 revisions, answers and harmlessness labels were written by language models, not by people, under the constitution below.
 Helpfulness comparisons are those that the run was given."""
@@ -54,13 +56,26 @@ def files(ctx: Context, name: str, results: dict[str, Any]) -> dict[str, str]:
 
     results: the summary of its training.
     """
-    source, renderer = ctx.folder(_KINDS[name][1]), ctx.renderer(_KINDS[name][1])
+    below = _kind(ctx, name)[1]
+    source, renderer = ctx.folder(below), ctx.renderer(below)
     licence = stated_licence(source)
     notice, text = _notice(ctx, name, source, licence)
     made = {"README.md": _card(ctx, name, renderer, results, licence, notice), notice: text}
     if not name.startswith("pm"):
         made["generation_config.json"] = _generation(source, renderer)
     return made
+
+
+def _kind(ctx: Context, name: str) -> tuple[str, str, str, str]:
+    """The entry of `_KINDS` of a checkpoint, of the run's algorithm; a policy along RL is as the last one."""
+    if name in _KINDS and name != "rl_cai":
+        return _KINDS[name]
+    stage, below, title, metric = _KINDS["rl_cai"]
+    algorithm = ctx.config.rl.algorithm
+    title, metric = _DPO if algorithm == "dpo" else (title.format(algorithm.upper()), metric)
+    if name.startswith(SNAPSHOT):
+        title = f"A snapshot of {title}, after {int(name.removeprefix(SNAPSHOT))} iterations"
+    return stage, below, title, metric
 
 
 def stated_licence(folder: Path) -> dict[str, str]:
@@ -114,7 +129,7 @@ def _generation(source: Path, renderer: Renderer) -> str:
 def _card(
     ctx: Context, name: str, renderer: Renderer, results: dict[str, Any], licence: dict[str, str], notice: str
 ) -> str:
-    stage, _, title, metric = _KINDS[name]
+    stage, _, title, metric = _kind(ctx, name)
     record, source = ctx.run.record(stage) or {}, _source(ctx, name)
     origin = _origin(ctx, name, licence)
     base = {} if source == TOY else {"base_model": source_name(Path(source))}

@@ -28,7 +28,7 @@ class Moments:
     def of(self, stage: str) -> list[Memory]:
         """All moments of a stage."""
         if stage == "rl":
-            return self._rl()
+            return self._dpo() if self.config.rl.algorithm == "dpo" else self._rl()
         if stage in ("base", "sft", "pm"):
             return self._fitting(stage) + [self._generating(stage, work) for work in self.works.get(stage, [])]
         if stage == "evaluate":
@@ -53,8 +53,9 @@ class Moments:
         """What is there when a cache is made."""
         if stage == "rl":
             # The scores for the standardisation are drawn before there is a critic or an optimizer.
-            networks = self._networks()[: 1 if self.config.rl.reward_transform == "standardise" else None]
-            gradients = self.layout.main_grad("rl", self.layout.shape("base")) if len(networks) > 1 else 0.0
+            early = self.config.rl.reward_transform == "standardise"
+            networks = self._networks()[: 1 if early else None]
+            gradients = 0.0 if early else self.layout.main_grad("rl", self.layout.shape("base"))
             weights = sum(network.weights for network in networks)
             return Memory("loaded", weights, gradients) + self._beside_policy()
         return Memory("loaded", work.engines * self.layout.frozen(work.role))
@@ -90,9 +91,11 @@ class Moments:
         return moments
 
     def _networks(self) -> list[Memory]:
-        """What stage rl trains: the policy and the critic."""
-        layout, critic = self.layout, self.config.rl.critic
+        """What stage rl trains: the policy, and the critic of an algorithm that has one."""
+        layout, critic = self.layout, self.config.rl.network
         policy = layout.trained("rl", "base")
+        if not critic:
+            return [policy]
         if critic == "detached":
             size = layout.shape("base").config.hidden_size
             gradient, state = layout.per_weight("rl")
@@ -100,27 +103,28 @@ class Moments:
         return [policy, layout.trained("rl", "pm_init" if critic == "pm" else "base", "score")]
 
     def _beside_policy(self) -> Memory:
-        """The frozen models of stage rl: reference, preference model, and the engine's copy of a sharded policy."""
-        layout = self.layout
+        """The frozen models of stage rl: reference, preference models, and the engine's copy of a sharded policy."""
+        layout, scorers = self.layout, 2 if self.config.guards.pm_eval_every else 1
         if layout.rank:  # one trunk is the reference, and under adapters everything else
             sizes = layout.shape("base")
-            return Memory(
-                "", layout.frozen("base") + (layout.adapters(sizes) + sizes.config.hidden_size) * layout.width
-            )
-        weights = layout.frozen("base", sharded=layout.sharded) + layout.frozen("pm_init", "score")
+            scorer = (layout.adapters(sizes) + sizes.config.hidden_size) * layout.width
+            return Memory("", layout.frozen("base") + scorers * scorer)
+        weights = layout.frozen("base", sharded=layout.sharded) + scorers * layout.frozen("pm_init", "score")
         return Memory("", weights + (layout.frozen("base") if layout.sharded else 0.0))
 
     def _rl(self) -> list[Memory]:
         layout, config = self.layout, self.config
         (work,) = self.works["rl"]
         model, tokens = layout.shape("base").config, layout.micro("rl")
-        networks = self._networks()
-        held = self._beside_policy() + networks[0] + networks[1] + Memory(cache=self._cached("rl", work))
+        held = sum(self._networks(), self._beside_policy()) + Memory(cache=self._cached("rl", work))
         update = layout.training("rl", "base")  # both networks are differentiated together
-        if config.rl.critic == "detached":
+        if config.rl.network == "detached":
             update += 2 * 4 * tokens * model.hidden_size
-        else:
-            update += layout.training("rl", "pm_init" if config.rl.critic == "pm" else "base", "score")
+        elif config.rl.network:
+            update += layout.training("rl", "pm_init" if config.rl.network == "pm" else "base", "score")
+        if config.rl.kl_kind == "exact":  # the reference's states, and a second gradient of the head and of its input
+            head = 0 if layout.rank else 4 * layout.shape("base").embedding
+            update += tokens * model.hidden_size * (layout.width + 4) + head
         idle = dataclasses.replace(held, gradients=layout.main_grad("rl", layout.shape("base")))
         measuring = layout.forward(model, tokens) + layout.logits(model, tokens, 2)
         moments = [
@@ -133,6 +137,16 @@ class Moments:
         if layout.rank and not layout.cuda:
             moments.append(Memory("merging", layout.frozen("base")) + idle)
         return moments
+
+    def _dpo(self) -> list[Memory]:
+        """Log-probabilities of SL-CAI, which is then given back, and training on the comparisons."""
+        layout, model = self.layout, self.layout.shape("base").config
+        scoring = layout.forward(model, MICRO_TOKENS) + layout.logits(model, MICRO_TOKENS, 1)
+        whole = Memory("log-probabilities", layout.frozen("base"), activations=scoring)
+        if not layout.sharded:
+            return [whole, *self._fitting("rl")]
+        trained = layout.trained("rl", "base")
+        return [whole, *self._fitting("rl"), dataclasses.replace(trained, gradients=0.0, optimizer=0.0) + whole]
 
     def _measuring(self) -> list[Memory]:
         """Stage evaluate scores answers with a preference model, then compares the distributions of two policies."""

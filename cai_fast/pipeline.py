@@ -19,10 +19,12 @@ from cai_fast.constitution import load as load_constitution
 from cai_fast.distributed import Distributed, Stopped, stop_requested
 from cai_fast.engine import COUNTERS, Completion, Engine, Sampling
 from cai_fast.errors import InputError
+from cai_fast.files import hash_file
+from cai_fast.hashing import hash_model
 from cai_fast.model import Model
 from cai_fast.model import load as load_model
 from cai_fast.records import Comparison, Journal, Prompt
-from cai_fast.rundir import RunDir, hash_file, hash_model
+from cai_fast.rundir import CONSTITUTIONS, SNAPSHOT, RunDir
 from cai_fast.runlog import Progress, RunLog
 from cai_fast.scorer import MICRO_TOKENS, Scorer
 from cai_fast.tokenizer import Renderer, Tokenizer
@@ -71,13 +73,14 @@ class Context:
 
     def folder(self, role: str) -> Path:
         """Folder of the model in `role`: base, assistant, judge, pm_init, or the name of a checkpoint of this run."""
-        if role in ("sl_cai", "pm", "pm_eval", "rl_cai"):
+        if role in ("sl_cai", "pm", "pm_eval", "rl_cai") or role.startswith(SNAPSHOT):
             return self._made(role)
         name = self.config.pm.init or self.config.model.base if role == "pm_init" else self.config.role(role)
         return self._made("base") if name == TOY else Path(name)
 
     def _made(self, name: str) -> Path:
-        folder, stage = self.checkpoint(name), {"sl_cai": "sft", "rl_cai": "rl", "pm_eval": "pm"}.get(name, name)
+        folder, made = self.checkpoint(name), {"sl_cai": "sft", "rl_cai": "rl", "pm_eval": "pm"}
+        stage = "rl" if name.startswith(SNAPSHOT) else made.get(name, name)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} not found; run stage {stage} first.")
         return folder
@@ -216,13 +219,16 @@ class Context:
 
 
 def open_context(config: Config, run: RunDir, log: RunLog, dist: Distributed) -> Context:
-    """The context of a run whose folder is open."""
-    return Context(config, run, log, dist, load_constitution(config.data.constitution))
+    """The context of a run whose folder is open; the text of its constitution is kept there for rows to refer to."""
+    constitution = load_constitution(config.data.constitution)
+    dist.on_main(lambda: run.keep(f"{CONSTITUTIONS}/{constitution.hash}.json", constitution.to_json()))
+    return Context(config, run, log, dist, constitution)
 
 
 def provenance(ctx: Context, role: str, renderer: Renderer, spec: Sampling | None, **more: Any) -> dict[str, Any]:
     """Where a generated row comes from; `more` adds keys, parents and few-shot ids."""
     row: dict[str, Any] = {
+        "role": role,
         "model": ctx.model_hash(role),
         "constitution": ctx.constitution.hash,
         "template": renderer.hash,
@@ -367,13 +373,6 @@ def check(config: Config, here: bool = False) -> list[str]:
     from cai_fast import preflight
 
     return preflight.check(config, here)
-
-
-def plan(config: Config) -> list[str]:
-    """What every stage would hold, write and compute: lines to print."""
-    from cai_fast.plan import plan_lines
-
-    return plan_lines(config)
 
 
 def data_file_hash(spec: str) -> str:

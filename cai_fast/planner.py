@@ -54,7 +54,7 @@ class Planner:
 
     def shape(self, role: str) -> Shape:
         """Of the model in a role."""
-        return memory.shape(self.config.role(role))
+        return memory.role_shape(self.config, role)
 
     def speeds(self) -> capacity.Rates:
         """Of one device: measured, or those of the GPU that is assumed."""
@@ -84,8 +84,9 @@ class Planner:
 
     def _networks(self, stage: str) -> list[tuple[Shape, str]]:
         """The models that a stage trains at a time, with their heads."""
-        base, critic = (self.shape("base"), "lm"), self.config.rl.critic
-        value = {"detached": [], "own": [(self.shape("base"), "score")]}.get(critic, [(self.shape("pm_init"), "score")])
+        base, critic = (self.shape("base"), "lm"), self.config.rl.network
+        roles = {"own": ["base"], "pm": ["pm_init"]}.get(critic, [])
+        value = [(self.shape(role), "score") for role in roles]
         trained = {"base": [base], "sft": [base], "pm": [(self.shape("pm_init"), "score")], "rl": [base, *value]}
         return trained.get(stage, [])
 
@@ -109,6 +110,8 @@ class Planner:
             # Of two models trained one after the other, the first one's stay; one more while it is written.
             states += (pair * self.config.checkpoint.keep + 1) * count * (weight + state)
             kept += (sizes.count(head) + adapters) * layout.width if number == 0 else 0  # the critic is not exported
+        if stage == "rl" and self.works.get("rl") and (every := self.config.rl.snapshot_every):
+            kept *= 1 + self.config.rl.steps // every
         return texts + kept * pair, states
 
     def room_on_disk(self) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from cai_fast import advantages, kernels, losses, rng
 from cai_fast.batching import Example, TargetBatch, bins, pack_targets, segment_sum
 from cai_fast.checkpoint import Checkpoints, Saved, TrainState
-from cai_fast.config import RlConfig
+from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Distributed, global_moments
 from cai_fast.losses import PolicyTerms
 from cai_fast.model import Model, ScalarHead

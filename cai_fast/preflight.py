@@ -1,7 +1,8 @@
 """`--check`, and the first thing every run does: validate every input before any work starts."""
 
-from cai_fast import capacity, pipeline, plan, readers
-from cai_fast.config import Config, HardwareConfig
+from cai_fast import capacity, pipeline, plan, readers, sinks
+from cai_fast.config import Config
+from cai_fast.config_sections import HardwareConfig
 from cai_fast.constitution import Constitution
 from cai_fast.constitution import load as load_constitution
 from cai_fast.errors import InputError
@@ -20,6 +21,7 @@ def check(config: Config, here: bool = False) -> list[str]:
     """
     if here and config.hardware != HardwareConfig():
         raise InputError("hardware.gpu and hardware.count are for --check and --plan: leave them out of a run.")
+    sinks.check(config)
     lines = [_check_constitution(config)]
     if {"revise", "rl"} & set(config.stages):
         lines += [_check_prompts(config, kind) for kind in ("red_team", "helpful")]

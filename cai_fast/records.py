@@ -200,6 +200,18 @@ class Rollout(Record):
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PolicyAnswer(Record):
+    """A policy's answer to a held-out prompt, with its own metrics."""
+
+    id: str
+    prompt_id: str
+    policy: str
+    response: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
 

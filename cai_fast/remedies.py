@@ -72,7 +72,9 @@ def _kinds(planner: Planner) -> Iterator[Iterator[Changes]]:
     held = {"revise", "evaluate"} & set(tight)  # handles of the critiques of a chunk
     yield ({"revise": {"chunk": chunk // n}} for n in (2, 4, 8) if held and chunk // n >= LEAST_ROWS)
     yield ({"engine": {"max_batch": rows // n}} for n in (2, 4, 8) if rows // n >= LEAST_ROWS)
-    yield ({"rl": {"critic": "detached"}} for _ in range("rl" in tight and config.rl.critic != "detached"))
+    sampled = "rl" in tight and config.rl.algorithm != "dpo"
+    yield ({"guards": {"pm_eval_every": 0}} for _ in range(sampled and config.guards.pm_eval_every > 0))
+    yield ({"rl": {"critic": "detached"}} for _ in range(sampled and config.rl.network in ("own", "pm")))
     lora = trained and not config.lora.rank and not config.pm.init and config.parallel.shard is not True
     whole = {"parallel": {"recompute": "none"}} if config.parallel.recompute == "selective" else {}
     yield ({"lora": {"rank": LORA_RANK}} | whole for _ in range(bool(lora)))

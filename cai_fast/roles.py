@@ -17,10 +17,10 @@ import torch
 from cai_fast import heartbeat, model_card, parallel, rng
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
+from cai_fast.hashing import hash_model
 from cai_fast.model import Model, lora
 from cai_fast.model.hf import read_json
 from cai_fast.pipeline import Context
-from cai_fast.rundir import hash_model
 
 ADAPTER, TRUNK = "adapter", "trunk.json"
 
@@ -34,7 +34,7 @@ def trained(ctx: Context, role: str, *, head: str | None = None, name: str = "",
     if not rank:
         return _recomputing(ctx, ctx.model(role, head, new_head=seed, **_sharding(ctx, torch.float32)))
     if role == "pm":
-        return _recomputing(ctx, _logged(ctx, _preference_model(ctx, trunk), name))
+        return _recomputing(ctx, _logged(ctx, _preference_model(ctx, role, trunk), name))
     model = trunk.shared() if trunk is not None else ctx.model(role, None if head == "score" else head)
     if head == "score" and model.head == "lm":
         model = model.with_score_head(seed, share=True)
@@ -53,8 +53,8 @@ def value_model(ctx: Context, trunk: Model, name: str) -> Model:
 
 def frozen(ctx: Context, role: str, *, head: str | None = None, trunk: Model | None = None) -> Model:
     """The model in `role`, never trained, whole on every rank."""
-    adapted = role == "pm" and ctx.config.lora.rank > 0
-    return (_preference_model(ctx, trunk) if adapted else ctx.model(role, head)).requires_grad_(False)
+    adapted = role in ("pm", "pm_eval") and ctx.config.lora.rank > 0
+    return (_preference_model(ctx, role, trunk) if adapted else ctx.model(role, head)).requires_grad_(False)
 
 
 def reference(ctx: Context) -> Model:
@@ -143,9 +143,9 @@ def _logged(ctx: Context, model: Model, name: str) -> Model:
     return model
 
 
-def _preference_model(ctx: Context, trunk: Model | None) -> Model:
+def _preference_model(ctx: Context, role: str, trunk: Model | None) -> Model:
     """SL-CAI with the adapters and the score head that stage pm trained, all of them able to be trained further."""
-    folder = ctx.folder("pm") / ADAPTER
+    folder = ctx.folder(role) / ADAPTER
     expected, found = {"sha256": ctx.model_hash("sl_cai")}, read_json(folder / TRUNK)
     if found != expected:
         raise InputError(

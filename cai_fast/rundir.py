@@ -8,8 +8,6 @@ are on disk, so it is true at every instant. With several ranks, rank 0 alone wr
 import contextlib
 import errno
 import fcntl
-import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +15,6 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +25,15 @@ from cai_fast import config
 from cai_fast.distributed import Distributed
 from cai_fast.errors import InputError
 from cai_fast.files import fsync_dir, hash_file, write_atomic
+from cai_fast.hashing import REHASH_BELOW, facts_of, files_of, hash_json
 from cai_fast.inputs import kind, read_json
 from cai_fast.records import Journal
 from cai_fast.runlog import truncate_metrics
 
-OWN_FILES = {".lock", "config.toml", "environment.json", "manifest.json", "metrics.jsonl", "journal"}
-REHASH_BELOW = 64 * 2**20  # bytes; larger files are hashed again only when their size or time has changed
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*")
+CONSTITUTIONS = "constitutions"  # the text of every constitution that rows refer to, by its hash
+OWN_FILES = {".lock", "config.toml", "environment.json", "manifest.json", "metrics.jsonl", "journal", CONSTITUTIONS}
+SNAPSHOT = "rl_cai_step_"  # checkpoints of policies along RL: iterations follow, in five digits
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-
-
-def _files(path: Path) -> Iterator[Path]:
-    yield from (p for p in sorted(path.rglob("*")) if p.is_file()) if path.is_dir() else [path]
-
-
-@functools.cache
-def _hash_unchanged(path: Path, size: int, mtime_ns: int) -> str:
-    return hash_file(path)
-
-
-def _hash(path: Path) -> str:
-    """Content hash; a large file that this process has hashed is read again only if its size or time changed."""
-    stat = path.stat()
-    return hash_file(path) if stat.st_size < REHASH_BELOW else _hash_unchanged(path, stat.st_size, stat.st_mtime_ns)
-
-
-def hash_model(folder: str | os.PathLike[str]) -> str:
-    """sha256 over names and contents of a model folder's configuration, weights and tokenizer files."""
-    folder = Path(folder)
-    found = sorted({p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()})
-    if not any(p.suffix == ".safetensors" for p in found):
-        raise InputError(f"{folder}: expected a model folder with config.json and *.safetensors, found no weights")
-    return _hash_json({p.name: _hash(p.resolve()) for p in found})
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def folder_bytes(path: str | os.PathLike[str]) -> int:
@@ -255,6 +225,25 @@ class RunDir:
     def path(self, *parts: str) -> Path:
         return self.root.joinpath(*parts)
 
+    def keep(self, name: str, value: Any) -> None:
+        """Write a JSON file that no stage makes, if it is not there: its name tells its content. Rank 0 only."""
+        path = self.path(name)
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+    def rewrite(self, name: str, text: str) -> None:
+        """Replace a file that a finished stage wrote, and what the manifest knows of it, while nobody else has the
+        folder; a file of no stage is just written. Rank 0 only."""
+        self._take_lock()
+        try:
+            write_atomic(self.path(name), text)
+            for stage, record in self._manifest()["stages"].items():
+                if name in record.get("outputs", {}):
+                    self._update(stage, record | {"outputs": record["outputs"] | {name: facts_of(self.path(name))}})
+        finally:
+            self.close()
+
     def journal(self, name: str, rank: int) -> Journal:
         """Opens this rank's journal of finished rows. `name`: the stage, or stage-part ("revise-helpful")."""
         return Journal(self.path("journal", f"{name}.{rank}.jsonl"))
@@ -309,7 +298,7 @@ class RunDir:
                 self._verify(stage, file, fact)
             if facts:
                 whole = facts.get(name)
-                return whole["sha256"] if whole else _hash_json({n: f["sha256"] for n, f in facts.items()})
+                return whole["sha256"] if whole else hash_json({n: f["sha256"] for n, f in facts.items()})
         raise InputError(f"{self.path(name)}: no finished stage has written it; run the stage that makes it first")
 
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:
@@ -334,13 +323,10 @@ class RunDir:
 
     def _finish(self, stage: str, outputs: list[str], summary: dict[str, Any]) -> None:
         facts: dict[str, Any] = {}
-        for path in (file for name in outputs for file in _files(self.path(name))):
+        for path in (file for name in outputs for file in files_of(self.path(name))):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # whoever wrote it may not have
-            stat = path.stat()
-            facts[path.relative_to(self.root).as_posix()] = {
-                "bytes": stat.st_size, "sha256": _hash(path), "mtime_ns": stat.st_mtime_ns,
-            }  # fmt: skip
+            facts[path.relative_to(self.root).as_posix()] = facts_of(path)
         for folder in {self.path(name).parent for name in facts}:
             fsync_dir(folder)
         now = {"status": "finished", "finished": round(time.time(), 3)}
@@ -369,4 +355,16 @@ class RunDir:
             self.path(name).unlink(missing_ok=True)
         for name in later:
             self._remove_progress(name)
+        if "rl" in later:
+            self.drop_snapshots()
         truncate_metrics(self.path("metrics.jsonl"), later)
+
+    def snapshots(self, start: int = 0) -> list[Path]:
+        """Checkpoints of the policies after `start` iterations of RL and later, those half written among them."""
+        found = self.path("checkpoints").glob(SNAPSHOT + "[0-9]*")
+        return sorted(p for p in found if int(re.split("[_.]", p.name)[3]) >= start)
+
+    def drop_snapshots(self, start: int = 0) -> None:
+        """Delete them. Rank 0 only."""
+        for folder in self.snapshots(start):
+            shutil.rmtree(folder)

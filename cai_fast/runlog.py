@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from cai_fast.distributed import Distributed
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
 from cai_fast.inputs import kind, parse_json, read_bytes
+from cai_fast.sinks import Sink
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines when stderr is not a terminal
 BAR_INTERVAL = 0.1  # and between changes of the bar when it is
@@ -132,10 +133,10 @@ class Progress:
 
 
 class RunLog:
-    """metrics.jsonl at `path` and messages on stderr. Only the main rank writes anything."""
+    """metrics.jsonl at `path`, copies of it in `sinks`, and messages on stderr. Only the main rank writes anything."""
 
-    def __init__(self, path: str | os.PathLike[str], is_main: bool = True):
-        self.path, self.is_main = Path(path), is_main
+    def __init__(self, path: str | os.PathLike[str], is_main: bool = True, sinks: Sequence[Sink] = ()):
+        self.path, self.is_main, self.sinks = Path(path), is_main, sinks
         self.started = time.monotonic()
         if is_main:
             truncate_metrics(self.path, ())  # drops a torn last line, to which the next one would be glued
@@ -150,11 +151,20 @@ class RunLog:
             row[name] = number if not isinstance(number, float) or math.isfinite(number) else None
         with open(self.path, "a", encoding="utf-8") as file:  # opened anew, because truncation replaces the file
             file.write(json.dumps(row) + "\n")
+        for sink in self.sinks:
+            sink.add(row)
 
     def truncate(self, stage: str, step: int) -> None:
         """On resume: forget what this stage logged from `step` on."""
         if self.is_main:
             truncate_metrics(self.path, (stage,), step)
+            for sink in self.sinks:
+                sink.truncate(stage, step)
+
+    def close(self) -> None:
+        """Finish the copies; the file is complete after every line."""
+        for sink in self.sinks:
+            sink.close()
 
     def progress(
         self, total: int, desc: str, unit: str = "it", *, initial: int = 0, done: Callable[[], int] | None = None,

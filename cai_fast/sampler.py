@@ -16,6 +16,7 @@ from cai_fast.errors import InputError
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
 from cai_fast.records import Prompt
+from cai_fast.scorer import Scorer
 from cai_fast.tokenizer import Finished, Renderer
 
 STANDARDISE_SAMPLES = 256
@@ -112,6 +113,11 @@ class Sampler:
         self.same_tokens = self.pm_renderer.tokenizer.hash == renderer.tokenizer.hash
         if self.cfg.network == "pm" and not self.same_tokens:
             raise InputError("rl.critic = pm needs a preference model with the policy's tokenizer; use own or detached")
+        self.eval_scorer: Scorer | None = None
+        if ctx.config.guards.pm_eval_every:
+            self.eval_scorer = ctx.scorer(
+                roles.frozen(ctx, "pm_eval", head="score", trunk=reference), self.cfg.micro_tokens
+            )
         spec = pipeline.sampling(renderer, "response", self.cfg.temperature, self.cfg.max_new_tokens)
         self.spec = dataclasses.replace(spec, top_k=self.cfg.top_k, top_p=self.cfg.top_p)
         room = ctx.config.data.max_prompt_tokens + self.cfg.max_new_tokens
@@ -139,7 +145,13 @@ class Sampler:
             f if c.finish_reason == "stop" else f._replace(token_ids=f.body_ids)
             for f, c in zip(finished, done, strict=True)
         ]
-        return Answers(mine, total, done, finished, self.score(mine, finished))
+        return Answers(mine, total, done, finished, self.score(self.scorer, mine, finished))
+
+    def held_out(self, answers: Answers) -> Tensor:
+        """[S] raw scores of this rank's answers by pm_eval, which no policy is trained against."""
+        if self.eval_scorer is None:
+            raise ValueError("pm_eval is not loaded: guards.pm_eval_every is 0")
+        return self.score(self.eval_scorer, answers.items, answers.finished)
 
     def _bound(self, items: list[Item], rank: int) -> int:
         """Where the share of a rank begins: never between a prompt's samples, which are scored as one group."""
@@ -176,15 +188,15 @@ class Sampler:
         keys = [self.ctx.key(stage, f"{item.prompt.id}/{item.sample}", item.visit) for item in items]
         return self.engine.generate(prompts, self.spec, keys=keys, progress=self.ctx.tick)
 
-    def score(self, items: list[Item], finished: list[Finished]) -> Tensor:
-        """[S] raw preference scores, read at the end-of-context token."""
+    def score(self, scorer: Scorer, items: list[Item], finished: list[Finished]) -> Tensor:
+        """[S] raw scores of a preference model, read at the end-of-context token."""
         sequences = [
             self.pm_renderer.preference(
                 item.prompt.turns, f.token_ids if self.same_tokens else self.pm_renderer.response_ids(f.text)
             )
             for item, f in zip(items, finished, strict=True)
         ]
-        return self.scorer.scores(sequences, [(item.prompt.id, item.visit) for item in items])
+        return scorer.scores(sequences, [(item.prompt.id, item.visit) for item in items])
 
     def standardisation(self) -> tuple[float, float]:
         """(mean, deviation) of the scores of a first sample of SL-CAI's answers."""

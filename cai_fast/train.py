@@ -113,7 +113,9 @@ def _act(command: config.Command, dist: "Distributed") -> None:
     from cai_fast import distributed, pipeline
 
     if command.action == "plan":
-        _say("\n".join(pipeline.plan(command.config)))
+        from cai_fast.plan import plan_lines
+
+        _say("\n".join(plan_lines(command.config)))
         return
     lines = dist.on_main(lambda: pipeline.check(command.config, here=command.action == "run"))
     if command.action == "check":
@@ -125,7 +127,7 @@ def _act(command: config.Command, dist: "Distributed") -> None:
 
 def _run(cfg: config.Config, dist: "Distributed") -> None:
     """Open the run folder, run every requested stage that is not done, print the table."""
-    from cai_fast import pipeline
+    from cai_fast import pipeline, sinks
     from cai_fast.rundir import RunDir
     from cai_fast.runlog import RunLog
 
@@ -133,17 +135,26 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
     restart_from = None if dist.done_before("restart-from") else cfg.restart_from or None
     run = RunDir.open(cfg.run_dir, cfg, restart_from=restart_from, dist=dist)
     dist.mark_done("restart-from")
-    log = RunLog(run.path("metrics.jsonl"), dist.is_main)
     with contextlib.closing(run):
-        ctx = pipeline.open_context(cfg, run, log, dist)
-        try:
-            ran = [name for name in cfg.stages if _stage(ctx, name)]
-        except InputError as error:  # files are missing when all of them are
-            if os.path.exists(run.root):
-                raise
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.root)) from error
-        _say("\n".join(pipeline.summary_lines(run)))
-    unread = _unread_everywhere(cfg, ran, dist)
+        copies: list[sinks.Sink] = []
+        dist.on_main(lambda: copies.extend(sinks.open_all(cfg, run.root, anew=restart_from is not None)))
+        log = RunLog(run.path("metrics.jsonl"), dist.is_main, copies)
+        with contextlib.closing(log):
+            _stages(cfg, pipeline.open_context(cfg, run, log, dist))
+
+
+def _stages(cfg: config.Config, ctx: "Context") -> None:
+    """Run what is not done, print the table, and complain about settings without effect."""
+    from cai_fast import pipeline
+
+    try:
+        ran = [name for name in cfg.stages if _stage(ctx, name)]
+    except InputError as error:  # files are missing when all of them are
+        if os.path.exists(ctx.run.root):
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(ctx.run.root)) from error
+    _say("\n".join(pipeline.summary_lines(ctx.run)))
+    unread = _unread_everywhere(cfg, ran, ctx.dist)
     if unread:
         raise InputError(f"These settings had no effect: {', '.join(unread)}. All stages are done; leave them out.")
 

@@ -111,7 +111,7 @@ def works(
         elif stage == "label" and not config.label.from_:
             pairs = limit(config.compare.num_prompts, counts["red_team"]) * config.compare.pairs_per_prompt
             made[stage] = [_label(config, renderer("judge"), pairs)]
-        elif stage == "rl":
+        elif stage == "rl" and config.rl.algorithm != "dpo":
             made[stage] = [_rl(config, ranks)]
         elif stage == "evaluate":
             made[stage] = _evaluate(config, counts, renderer, deterministic)
@@ -262,24 +262,37 @@ class Passes:
 
 def passes(config: Config, counts: dict[str, int]) -> dict[str, Passes]:
     """Training, and scores, log-probs and divergences outside the engine, by stage."""
-    revise, rl, prompt = config.revise, config.rl, config.data.max_prompt_tokens
+    revise, prompt = config.revise, config.data.max_prompt_tokens
     answer, chosen = prompt + revise.max_new_tokens, config.sft.revisions
     revisions = {"all": revise.rounds, "last": 1}[chosen] if isinstance(chosen, str) else len(set(chosen))
     examples = limit(revise.num_red_team, counts["red_team"]) * revisions
     examples += limit(revise.num_helpful, counts["helpful"]) * revise.helpful_samples
     pairs = limit(config.compare.num_prompts, counts["red_team"]) * config.compare.pairs_per_prompt
-    rollouts = rl.prompts_per_step * rl.samples_per_prompt * (prompt + rl.max_new_tokens)
-    networks = 3 if rl.critic == "detached" else 4  # preference model, policy, reference, a critic of its own
+    compared = (pairs + counts["preferences"]) * 2 * (prompt + config.compare.max_new_tokens)
     red_team, answered = held_out(config, counts)
     answers = 3 * answered * (prompt + config.evaluate.max_new_tokens)
     return dict.fromkeys(config.stages, Passes()) | {
         "base": Passes(config.base.steps * config.base.tokens_per_step),
         "sft": Passes(examples * answer * config.sft.epochs),
-        "pm": Passes(2 * (pairs + counts["preferences"]) * (prompt + config.compare.max_new_tokens) * config.pm.epochs),
-        "rl": Passes(rl.steps * rollouts * rl.epochs, (rl.steps + 1) * rollouts * networks),
+        "pm": Passes(compared * config.pm.epochs),
+        "rl": _rl_passes(config, compared),
         # Preference scores of answers and revisions, and the divergence of two models on the answers.
         "evaluate": Passes(0, 3 * answers + (revise.rounds + 1) * red_team * answer),
     }
+
+
+def _rl_passes(config: Config, compared: int) -> Passes:
+    """Of stage rl; compared: tokens of all comparisons, of which DPO has half."""
+    rl = config.rl
+    if rl.algorithm == "dpo":
+        half = -(-compared // 2)
+        return Passes(half * rl.epochs, half)  # SL-CAI's log-probabilities, before training
+    rollouts = rl.prompts_per_step * rl.samples_per_prompt * (config.data.max_prompt_tokens + rl.max_new_tokens)
+    networks = 4 if rl.network in ("own", "pm") else 3  # preference model, policy, reference, a critic of its own
+    again = rl.steps * rl.epochs if rl.kl_kind == "exact" else 0  # the reference, beside every pass of the policy
+    every = config.guards.pm_eval_every
+    judged = -(-(rl.steps + 1) // every) if every else 0
+    return Passes(rl.steps * rollouts * rl.epochs, ((rl.steps + 1) * networks + judged + again) * rollouts)
 
 
 def prompt_counts(config: Config) -> dict[str, int]:

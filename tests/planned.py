@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cai_fast import config, losses, pipeline
 from cai_fast.batching import Example, pack, pack_targets
+from cai_fast.dpo import STATS
 from cai_fast.engine import Engine, Sampling
 from cai_fast.fit import FitSettings, Task, accumulate
 from cai_fast.model import Model, ModelConfig, ScalarHead, init_random
@@ -77,6 +78,19 @@ def pm_task(model: Model, count: int, length: int) -> Task:
     return Task("pm", [2 * length] * count, [1.0] * count, loss, [1.0] * count, ("loss", "accuracy", "margin"))
 
 
+def dpo_task(model: Model, count: int, length: int) -> Task:
+    """`count` comparisons of answers."""
+    given = examples(2 * count, length)
+
+    def loss(items: list[int], scale: float) -> tuple[Tensor, losses.Stats]:
+        batch = pack_targets([given[2 * i + k] for i in items for k in (0, 1)], model.device)
+        prob = torch.full((len(items),), 0.6, device=model.device)
+        before = torch.zeros(len(items), 2, device=model.device)
+        return losses.dpo_loss(model, batch, before, prob, torch.ones_like(prob), 0.1, scale)
+
+    return Task("rl", [2 * length] * count, [1.0] * count, loss, [1.0] * count, STATS)
+
+
 def steps(model: Model, task: Task, cfg: config.Config, section: Any, count: int = 2) -> Optimizer:
     """Optimizer steps on all items; the last one's gradients are not applied, so that they can be looked at."""
     size = section.batch_tokens if task.name == "sft" else section.batch_pairs
@@ -100,7 +114,7 @@ class Actors(NamedTuple):
     @property
     def weights(self) -> list[Tensor]:
         """Of all of them."""
-        parts = (self.ppo.policy, self.ppo.reference, self.pm, self.ppo.critic.module)
+        parts = [self.ppo.policy, self.ppo.reference, self.pm, *([self.ppo.critic.module] if self.ppo.critic else [])]
         return [p for part in parts for p in part.parameters()]
 
 
@@ -109,10 +123,11 @@ def actors(cfg: config.Config, shape: ModelConfig, device: str) -> Actors:
     policy, reference, pm = (made(cfg, shape, n, head, device) for n, head in enumerate(("lm", "lm", "score")))
     for frozen in (reference, pm):
         frozen.requires_grad_(False)
-    critic: nn.Module = ScalarHead(shape.hidden_size).to(device, policy.dtype)
-    if cfg.rl.critic != "detached":
-        critic = made(cfg, shape, 3, "score", device)
-    ppo = PolicyGradient(policy, reference, Critic(critic), cfg.rl, seed=0, dist=alone(), moments=cfg.model.moments)
+    value: nn.Module = ScalarHead(shape.hidden_size).to(device, policy.dtype)
+    if cfg.rl.network in ("own", "pm"):
+        value = made(cfg, shape, 3, "score", device)
+    critic = Critic(value) if cfg.rl.network else None
+    ppo = PolicyGradient(policy, reference, critic, cfg.rl, seed=0, dist=alone(), moments=cfg.model.moments)
     return Actors(ppo, pm)
 
 
@@ -129,7 +144,8 @@ def iterations(ppo: PolicyGradient, answered: list[Example], count: int = 2) -> 
     """Measure the answers and train on them, `count` times."""
     for _ in range(count):
         rollouts = ppo.measure(answered, 0)
-        ppo.set_advantages(rollouts, torch.zeros(len(answered)))
+        scores = torch.arange(float(len(answered))) % 3
+        ppo.set_advantages(rollouts, scores, [i // 2 for i in range(len(answered))])
         assert ppo.update(rollouts, 1.0)["grad_norm"] > 0
 
 

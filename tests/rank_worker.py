@@ -27,7 +27,7 @@ SETTINGS = {
     "model.base": "x", "data.red_team": "x", "data.helpful": "x", "data.preferences": "x",
     "data.max_prompt_tokens": 100, "data.constitution": "harmlessness", "engine.max_batch": 2, "rl.steps": 2,
     "rl.prompts_per_step": 5, "rl.samples_per_prompt": 3, "rl.max_new_tokens": 12, "rl.lr": 0.0, "rl.critic_lr": 0.0,
-    "rl.micro_tokens": 400, "rl.max_refusal_rate": 1.0,
+    "rl.micro_tokens": 400, "guards.refusals": "off",
 }  # fmt: skip
 
 

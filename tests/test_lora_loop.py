@@ -23,8 +23,8 @@ from test_text_loop import (  # noqa: F401 they run here on this module's `run`
 )
 
 from cai_fast import model
+from cai_fast.hashing import hash_model
 from cai_fast.model import lora
-from cai_fast.rundir import hash_model
 
 SETTINGS = {"lora__rank": 4, "sft__lr": 1e-2, "pm__lr": 1e-2, "rl__lr": 1e-3, "rl__critic": "own"}
 NAMES = {"sl_cai": "lm", "pm": "score", "pm_eval": "score", "rl_cai": "lm"}

@@ -110,9 +110,10 @@ def test_checkpoints_name_the_model_below_their_adapters(trained: Context, base:
     assert files["checkpoints/pm/adapter"] == trained.run.output_hash("checkpoints/pm/adapter")
 
 
-def test_merged_and_unmerged_preference_models_score_alike(trained: Context) -> None:
-    ids, folder = sequences(trained), trained.checkpoint("pm")
-    unmerged = roles.frozen(trained, "pm", head="score")
+@pytest.mark.parametrize("role", ["pm", "pm_eval"])
+def test_merged_and_unmerged_preference_models_score_alike(trained: Context, role: str) -> None:
+    ids, folder = sequences(trained), trained.checkpoint(role)
+    unmerged = roles.frozen(trained, role, head="score")
     assert lora.adapters(unmerged) and not any(p.requires_grad for p in unmerged.parameters())
     theirs = AutoModelForSequenceClassification.from_pretrained(folder)
     longest = max(map(len, ids))
@@ -157,18 +158,18 @@ def test_rl_holds_one_trunk_and_leaves_it_alone(trained: Context, tmp_path: Path
     before = {name: t.clone() for name, t in weights(ctx, "sl_cai").items()}
     ctx.run.begin("rl", rl.inputs(ctx))
     loop = rl.Loop(ctx)
-    preference = loop.sampler.scorer.model
-    models = (loop.policy, loop.reference, loop.ppo.critic.module, preference)
+    preference, held_out = loop.sampler.scorer.model, loop.sampler.eval_scorer.model
+    models = (loop.policy, loop.reference, loop.ppo.critic.module, preference, held_out)
     adapter = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     critics = 32 if critic == "detached" else adapter + 32
     trunk = sum(t.numel() for t in before.values())
-    assert sum(storages(*models).values()) == 4 * (trunk + adapter + adapter + 32 + critics)
+    assert sum(storages(*models).values()) == 4 * (trunk + adapter + 2 * (adapter + 32) + critics)
     assert {n: p.requires_grad for m in models for n, p in m.named_parameters()}["model.norm.weight"] is False
-    assert loop.run() == ""
+    assert loop.run() is None
     for part in models[:2] if critic == "detached" else models:
         assert all(torch.equal(t, before[name]) for name, t in bare(part).items())
     assert not same(loop.policy.state_dict(), roles.trained(ctx, "sl_cai", head="lm", name="rl").state_dict())
-    state = {n: t for n, t in loop.states.latest().tensors.items() if not n.startswith("optimizer.")}
+    state = {n: t for n, t in loop.states.newest.latest().tensors.items() if not n.startswith("optimizer.")}
     assert {n for n in state if n.startswith("policy.")} == {
         f"policy.{name}.lora_{part}.weight" for name in lora.adapters(loop.policy) for part in "AB"
     }
@@ -260,7 +261,7 @@ def test_killed_and_resumed_stages_give_the_same_bits(
     assert losses_of[0] == losses_of[1]
 
 
-@pytest.mark.parametrize(("setting", "value"), [("rl__max_kl", 1e-9), ("rl__lr", 1e30)])
+@pytest.mark.parametrize(("setting", "value"), [("guards__max_kl", 1e-9), ("rl__lr", 1e30)])
 def test_a_guard_leaves_sl_cai(trained: Context, tmp_path: Path, base: Path, setting: str, value: float) -> None:
     ctx = another(trained, tmp_path, base, rl__save_every=0, **{setting: value})
     do(ctx, rl)
@@ -276,7 +277,7 @@ def test_bf16_sums_no_gradient_of_the_frozen_head(trained: Context, tmp_path: Pa
     do(ctx, sft, pm)
     ctx.run.begin("rl", rl.inputs(ctx))
     loop = rl.Loop(ctx)
-    assert loop.run() == ""
+    assert loop.run() is None
     assert not hasattr(loop.policy.lm_head_weight, "main_grad")
     assert {t.dtype for t in loop.policy.parameters()} == {torch.bfloat16}
     assert len(loop.ppo.optimizer.state_dict()) == 4 * 2 * 14, "moments, remainder, step of every adapter's two weights"

@@ -107,8 +107,9 @@ def test_a_plan_needs_no_weights_but_a_check_does(shapes: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("preset", "model", "gpu", "more", "expected"), [
-    ("hf-1b", "1b", "H100", "--rl.micro_tokens 32768", ["rl.micro_tokens", "critic detached", "recompute", "8 GPUs"]),
-    ("hf-8b", "8b", "H200", "--lora.rank 0", ["--lora.rank 16", "4 GPUs"]),
+    ("hf-1b", "1b", "H100", "--rl.micro_tokens 16384", ["rl.micro_tokens", "critic detached", "recompute", "4 GPUs"]),
+    ("hf-8b", "8b", "H200", "--lora.rank 0", ["--lora.rank 16", "8 GPUs"]),
+    ("hf-1b", "1b", "H100", "--rl.micro_tokens 9216", ["--guards.pm_eval_every 0"]),
     ("paper", "8b", "H100", "", ["--lora.rank 16"]),
 ])  # fmt: skip
 def test_every_remedy_that_is_named_fits(
@@ -141,8 +142,10 @@ def test_caches_take_half_of_what_is_free_and_the_optimizer_comes_on_top(shapes:
     (work,) = planner.works["rl"]
     pool = planner.pool("rl", work)
     loaded = planner.moments.loaded("rl", work).total
-    # Standardisation samples before there are critic and optimizer: policy, reference and preference model are loaded.
-    assert loaded == 3 * 2 * planner.shape("base").params + 2 * 2048
+    # Standardisation samples before there are critic and optimizer: policy, reference and preference models are loaded.
+    assert loaded == 4 * 2 * planner.shape("base").params + 2 * 2 * 2048
+    unwatched = planner_of(shapes, "hf-1b", "1b", "H100", 1, f"{wide} --guards.pm_eval_every 0")
+    assert unwatched.moments.loaded("rl", work).total == loaded * 3 / 4 - 2048
     assert pool.nbytes == pytest.approx((planner.machine.memory - loaded) / 2, rel=0.01)
     peak = planner.moments.peak("rl")
     assert peak.cache == pool.nbytes and peak.optimizer > 20 * GIB and peak.total > planner.room
@@ -173,9 +176,9 @@ def test_shards_by_hand(shapes: Path) -> None:
     assert trained.weights == pytest.approx(4 * own + 2 * (ends + 2 * layer))
     assert trained.gradients == pytest.approx(4 * own + 2 * (ends + layer) + 4 * layer)
     assert trained.optimizer == pytest.approx(8 * own)
-    beside = planner.moments._beside_policy().weights  # sharded reference, whole preference model and engine's copy
+    beside = planner.moments._beside_policy().weights  # sharded reference; whole preference models and engine's copy
     score = sizes.params - 128256 * 4096 + 4096
-    assert beside == pytest.approx(2 * own + 2 * (ends + 2 * layer) + 2 * score + 2 * sizes.params)
+    assert beside == pytest.approx(2 * own + 2 * (ends + 2 * layer) + 2 * 2 * score + 2 * sizes.params)
     replicated = Layout(planner.changed({"parallel": {"shard": False}}).config, planner.machine).trained("rl", "base")
     assert replicated.weights == 2 * sizes.params
 
@@ -185,7 +188,7 @@ def test_one_trunk_serves_every_role(shapes: Path) -> None:
     sizes = planner.shape("base")
     one = 16 * 32 * (8192 + 2 * 5120 + 8192 + 2 * 18432 + 18432)  # A and B of every matrix of every layer
     update = next(m for m in planner.moments.of("rl") if m.moment == "update")
-    assert update.weights == 2 * (sizes.params + 3 * one + 2 * 4096)  # policy, preference model, critic; two heads
+    assert update.weights == 2 * (sizes.params + 4 * one + 3 * 4096)  # policy, preference models, critic; three heads
     assert update.gradients == 4 * (2 * one + 4096)
     assert update.optimizer == 10 * (2 * one + 4096)
 

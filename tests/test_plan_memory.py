@@ -1,12 +1,25 @@
 """What the plan says a device holds, against the tensors that training, PPO and the engine really make."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from allocations import LiveBytes
-from planned import actors, answers, iterations, nbytes, pm_task, recomputing, settings, sft_task, steps, trainee
+from planned import (
+    actors,
+    answers,
+    dpo_task,
+    iterations,
+    nbytes,
+    pm_task,
+    recomputing,
+    settings,
+    sft_task,
+    steps,
+    trainee,
+)
 
 from cai_fast import workload
 from cai_fast.batching import pack
@@ -97,12 +110,16 @@ def rl_moments(cfg: Config, where: Machine) -> Moments:
     return Moments(cfg, where, {"rl": [workload._rl(cfg, 1)]})
 
 
-@pytest.mark.parametrize("words", ["detached", "pm", "pm --model.dtype bfloat16"])
+@pytest.mark.parametrize("words", [
+    "detached", "pm", "pm --model.dtype bfloat16", "pm --rl.algorithm rloo", "pm --rl.kl_estimator exact",
+    "detached --rl.algorithm grpo --rl.kl_estimator exact",
+])  # fmt: skip
 def test_the_peak_of_iterations_of_ppo(words: str, tmp_path: Path) -> None:
     """The plan takes every row for an answer's, and here half of them are a prompt's: it is up to 15 % above."""
     rows = 8
     sizes = f"--rl.prompts_per_step {rows} --rl.micro_tokens {rows * LENGTH // 2} --rl.epochs 1 --engine.max_batch 8"
-    cfg = small(tmp_path, f"{sizes} --rl.critic {words}")
+    asked = f"--rl.samples_per_prompt {1 + ('algorithm' in words)} --guards.pm_eval_every 0"
+    cfg = small(tmp_path, f"{sizes} {asked} --rl.critic {words}")
     made = actors(cfg, shaped(), "cpu")
     engine, answered = answers(cfg, made.ppo, LENGTH)
     with LiveBytes([*made.weights, engine._cache.kv]) as live:
@@ -112,6 +129,22 @@ def test_the_peak_of_iterations_of_ppo(words: str, tmp_path: Path) -> None:
     assert peak.moment == "update" and peak.weights == nbytes(made.weights)
     assert peak.cache == engine._cache.kv.nbytes
     assert 0.95 <= peak.total / live.peak <= 1.15
+
+
+@pytest.mark.parametrize("words", ["", "--model.dtype bfloat16", "--lora.rank 8"])
+def test_the_peak_of_dpo_has_no_other_model_and_no_cache(words: str, tmp_path: Path) -> None:
+    tokens = 8 * LENGTH
+    sizes = f"--rl.algorithm dpo --rl.batch_pairs 8 --rl.micro_tokens {tokens}"
+    cfg = small(tmp_path, f"{sizes} {words}")
+    model = trainee(cfg, shaped(), "lm", "cpu")
+    with LiveBytes(list(model.parameters())) as live:
+        steps(model, dpo_task(model, 8, LENGTH), cfg, cfg.rl)
+    only = dataclasses.replace(cfg, stages=("rl",))
+    assert workload.works(only, {}, lambda role: None, cpu=True) == {}, "nothing is sampled"
+    moments = Moments(cfg, CPU, {})
+    update = next(m for m in moments.of("rl") if m.moment == "update")
+    assert update.cache == 0 and 0.9 <= update.total / live.peak <= 1.15
+    assert moments.of("rl")[0].weights == moments.layout.frozen("base"), "SL-CAI, before there is a policy"
 
 
 def on_gpu(work: Any) -> int:
@@ -135,6 +168,7 @@ def test_the_peak_on_a_gpu_is_the_plans(stage: str, words: str, tmp_path: Path) 
         f"--sft.batch_tokens {2 * tokens} --sft.micro_tokens {tokens} --pm.batch_pairs 16 --pm.micro_tokens {tokens}"
     )
     sizes += f" --rl.prompts_per_step 32 --rl.micro_tokens {tokens} --rl.epochs 1 --rl.critic pm --engine.max_batch 32"
+    sizes += " --guards.pm_eval_every 0"
     cfg = settings(tmp_path, shape, length, f"{sizes} {words}")
     here = machine(HardwareConfig(), "cuda")
     torch.cuda.empty_cache()

@@ -15,7 +15,8 @@ import torch
 
 from cai_fast import config, files
 from cai_fast.errors import InputError
-from cai_fast.rundir import RunDir, hash_model, require_free
+from cai_fast.hashing import hash_model
+from cai_fast.rundir import RunDir, require_free
 from cai_fast.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -47,11 +47,11 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNam
         monkeypatch.setitem(sys.modules, f"cai_fast.stages.{name}", stage)
     fake = SimpleNamespace(
         check=lambda cfg, *, here: ["checked"],
-        plan=lambda cfg: ["planned"],
         open_context=lambda cfg, run, log, dist: SimpleNamespace(config=cfg, run=run, log=log, dist=dist),
         summary_lines=lambda run: ["the table"],
     )
     monkeypatch.setitem(sys.modules, "cai_fast.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "cai_fast.plan", SimpleNamespace(plan_lines=lambda cfg: ["planned"]))
     monkeypatch.setattr(cai_fast, "pipeline", fake, raising=False)
     arguments = ["--run-dir", str(tmp_path / "run"), "--stages", "rl,sft,pm"]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}  # main() sets others

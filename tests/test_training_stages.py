@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from cai_fast import comparisons, config, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
 from cai_fast.checkpoint import Checkpoints
-from cai_fast.config_sections import RlConfig
+from cai_fast.config_sections import PmConfig
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
@@ -340,13 +340,14 @@ def test_bf16_weights_and_moments_resume_to_the_same_bits(tmp_path: Path, base: 
     ctx.run.close()
 
 
-@pytest.mark.parametrize(("setting", "value", "message"), [
-    ("rl__max_kl", 1e-9, "KL to SL-CAI"), ("rl__min_entropy", 50.0, "entropy"), ("rl__lr", 1e30, "not finite"),
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"guards__max_kl": 1e-9}, "KL to SL-CAI"), ({"rl__lr": 1e30}, "not finite"),
+    ({"guards__entropy": "stop", "guards__min_entropy": 50.0}, "entropy"),
 ])  # fmt: skip
 def test_guards_leave_a_usable_policy(
-    tmp_path: Path, base: Path, trained: Context, setting: str, value: float, message: str
+    tmp_path: Path, base: Path, trained: Context, settings: dict[str, Any], message: str
 ) -> None:
-    ctx = open_run(tmp_path / "run", base, **{setting: value})
+    ctx = open_run(tmp_path / "run", base, guards__pm_eval_every=0, **settings)
     for name, stage in (("sl_cai", "sft"), ("pm", "pm")):
         trained_folder = trained.checkpoint(name)
         (ctx.run.path("checkpoints")).mkdir(exist_ok=True)
@@ -366,21 +367,12 @@ def test_guards_leave_a_usable_policy(
 
 def test_harmlessness_only_data_is_refused_unless_asked_for(tmp_path: Path, base: Path, trained: Context) -> None:
     ctx = open_run(tmp_path / "run", base, pm__harmless_only=True, data__preferences="")
-    empty = Context(dataclasses.replace(ctx.config, pm=config.PmConfig()), ctx.run, ctx.log, ctx.dist, ctx.constitution)
-    with pytest.raises(InputError, match="teaches refusals"):
+    empty = Context(dataclasses.replace(ctx.config, pm=PmConfig()), ctx.run, ctx.log, ctx.dist, ctx.constitution)
+    with pytest.raises(InputError, match="teach refusals"):
         pm.run(empty)
     do(ctx, pm)
     ctx.run.close()
     assert ctx.run.record("pm")["summary"]["pairs"] == {"harmless": 30}
-
-
-def test_guard_against_refusals_looks_at_each_kind_of_prompt() -> None:
-    values = {"rl/reward": 0.0, "rl/kl_exact": 1.0, "rl/entropy": 1.0, "rl/refusal_rate_helpful": 0.0}
-    for rate, limit, stops in ((0.8, 0.5, True), (0.4, 0.5, False), (1.0, 1.0, False), (float("nan"), 0.5, False)):
-        loop = SimpleNamespace(cfg=RlConfig(max_refusal_rate=limit))
-        reason = rl.Loop.guard(loop, values | {"rl/refusal_rate_red_team": rate})
-        assert bool(reason) == stops
-        assert not stops or "80% of red_team answers refuse" in reason
 
 
 def test_prompt_stream_mixes_and_covers(trained: Context) -> None:

@@ -28,7 +28,7 @@ SIZES = {
     "sft.batch_tokens": 1024, "sft.micro_tokens": 1024, "sft.lr": 1e-3, "compare.max_new_tokens": 24,
     "compare.pairs_per_prompt": 2, "pm.batch_pairs": 8, "pm.lr": 1e-3, "pm.eval_fraction": 0.25,
     "pm.micro_tokens": 1024, "rl.steps": 2, "rl.prompts_per_step": 4, "rl.max_new_tokens": 16, "rl.epochs": 1,
-    "rl.lr": 1e-4, "rl.micro_tokens": 1024, "rl.max_kl": 0.0, "rl.max_refusal_rate": 1.0, "evaluate.num_red_team": 4,
+    "rl.lr": 1e-4, "rl.micro_tokens": 1024, "guards.kl": "off", "guards.refusals": "off", "evaluate.num_red_team": 4,
     "evaluate.num_helpful": 3, "evaluate.max_new_tokens": 24, "evaluate.judge_pairs": 3, "evaluate.bootstrap": 50,
     "report.samples": 3,
 }  # fmt: skip

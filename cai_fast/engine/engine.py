@@ -15,7 +15,7 @@ from cai_fast.engine.pages import plan_cache
 from cai_fast.engine.prefix import Prefix
 from cai_fast.engine.request_queue import Request, make_requests
 from cai_fast.engine.requests import Completion, Sampling, Tree
-from cai_fast.engine.rows import Ended, Rows
+from cai_fast.engine.rows import Ended, Rows, Watch
 from cai_fast.engine.state import DecodeState
 from cai_fast.engine.stops import Decodes, StopStrings
 from cai_fast.engine.trunk import Trunk
@@ -42,6 +42,7 @@ class Engine:
     and queued in bursts, whose flags are read when the next burst is under way.
     shared_decode: rows behind one handle of 512 tokens or more attend to it together; by default where that has been
     measured to be faster: with slots on a CPU, not (yet) with pages.
+    `watch`, if set, is called with a request's index and its new tokens while it goes on.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Engine:
             fixed=deterministic,
             shared_decode=shared_decode,
         )
+        self.watch: Watch | None = None
         self._stops = None if tokenizer is None else StopStrings(tokenizer, model.config.vocab_size)
         self._slots = round_up(max_batch, BLOCK)  # rows of the decode state: every padded batch fits
         self._cu = torch.arange(self._slots + 1, dtype=torch.int32, device=weight.device)
@@ -242,7 +244,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """Admit requests from the queue's end and decode until all have finished; `kept_of`: all requests by their
         index, if handles are to be kept."""
-        rows = Rows(self._cache, self._state, [r.sampling for r in queue], self._stops)
+        rows = Rows(self._cache, self._state, [r.sampling for r in queue], self._stops, self.watch)
         version = self._addresses(), self._state.version
         limit = self.max_batch
         while queue or len(rows):

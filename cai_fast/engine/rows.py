@@ -5,7 +5,7 @@ LAG calls before, and rows that ended meanwhile have stood still on the device.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from cai_fast.engine.requests import Completion, Sampling
 from cai_fast.engine.state import FULL, LOOK, STOPPED, DecodeState, Law, law, to_device
 from cai_fast.engine.stops import StopStrings
 
+Watch = Callable[[int, list[int]], None]
 LAG = 1  # posted flags that stay unread, when pipelined
 
 
@@ -30,6 +31,7 @@ class _Host:
     prompt: int  # tokens
     born: int  # step number at which its first token was sampled
     looked: int = 0  # tokens already searched for stop strings
+    shown: int = 0  # tokens already handed to `watch`
 
     def generated(self, step: int) -> int:
         """Tokens it has sampled, unless it has ended before."""
@@ -53,8 +55,10 @@ class Rows:
     """Admission, flags, stop strings and compaction; no per-token Python grows with the batch."""
 
     def __init__(
-        self, cache: SlotCache, state: DecodeState, samplings: Sequence[Sampling], stops: StopStrings | None
-    ) -> None:
+        self, cache: SlotCache, state: DecodeState, samplings: Sequence[Sampling], stops: StopStrings | None,
+        watch: Watch | None = None,
+    ) -> None:  # fmt: skip
+        self.watch = watch
         self.cache, self.state, self.stops, self.step = cache, state, stops, 0
         state.prepare(samplings, stops)
         self.active: list[_Host] = []
@@ -126,6 +130,8 @@ class Rows:
         """(row, flags) of rows that may have ended. Pipelined: as posted LAG calls ago, or now if it must `wait`.
 
         One host read; those of rows that did end come on top."""
+        if self.watch is not None:
+            self._show()
         if not self.state.pipelined:
             rows = self._flags.nonzero()[:, 0]
             if rows.numel() == 0:
@@ -144,6 +150,13 @@ class Rows:
                     row = where[requests[i]]
                     flagged[row] = flagged.get(row, 0) | flag
         return sorted(flagged.items())
+
+    def _show(self) -> None:
+        """Hand the tokens that came since the last call to `watch`. Costs a host read."""
+        for host, (tokens, _) in zip(self.active, self._read([*range(len(self.active))]), strict=True):
+            if len(tokens) > host.shown:
+                new, host.shown = tokens[host.shown :], len(tokens)
+                self.watch(host.request, new)
 
     def _post(self) -> None:
         flags, event = self.state.flags[: len(self.active)], None

@@ -38,7 +38,8 @@ def run(ctx: Context) -> None:
 def _recipe(ctx: Context) -> pretrain.Recipe:
     base = ctx.config.base
     return pretrain.Recipe(
-        ctx.config.seed, base.steps, base.tokens_per_step, base.lr, base.muon_lr, base.warmup_steps
+        ctx.config.seed, base.steps, base.tokens_per_step, base.lr, base.muon_lr, base.warmup_steps, base.hidden_size,
+        base.layers, base.direct_revisions,
     )  # fmt: skip
 
 

@@ -18,10 +18,10 @@ from cai_fast.files import write_atomic
 from cai_fast.measure import Answer, Verdict
 from cai_fast.pipeline import TOY, Context
 from cai_fast.readers import Question
-from cai_fast.records import Comparison, Label, Prompt
+from cai_fast.records import Comparison, Label, PolicyAnswer, Prompt
 from cai_fast.scorer import Scorer
 
-OUTPUTS = ("evaluation.json", "answers.jsonl")
+OUTPUTS = ("evaluation.json", "answers.jsonl", "tokens/answers.safetensors")
 POLICIES = ("base", "sl_cai", "rl_cai")
 GROUPS = {"red_team": "red_team", "benign": "helpful"}  # name in evaluation.json -> kind of prompt
 Truth = Callable[[Prompt, str], dict[str, float]]
@@ -36,7 +36,7 @@ def inputs(ctx: Context) -> dict[str, Any]:
 
 
 def run(ctx: Context) -> None:
-    """Write evaluation.json and answers.jsonl."""
+    """Write evaluation.json, answers.jsonl and its token side file."""
     questions = readers.read_hhh(ctx.config.evaluate.hhh) if ctx.config.evaluate.hhh else []
     evaluation = Evaluation(ctx, questions)
     result = {
@@ -50,12 +50,9 @@ def run(ctx: Context) -> None:
         result["hhh"] = evaluation.hhh
     if ctx.dist.is_main:
         write_atomic(ctx.run.path("evaluation.json"), json.dumps(result, indent=1, allow_nan=False).encode())
-        rows = [
-            {"id": records.content_id("answer", policy, a.prompt.id), "prompt_id": a.prompt.id, "policy": policy,
-             "response": a.text, "provenance": a.provenance}
-            for policy, groups in evaluation.answers.items() for answers in groups.values() for a in answers
-        ]  # fmt: skip
+        rows, tokens = evaluation.rows()
         records.write_jsonl(ctx.run.path("answers.jsonl"), rows)
+        records.write_tokens(ctx.run.path("tokens", "answers.safetensors"), tokens)
     ctx.run.finish("evaluate", list(OUTPUTS), headline(result))
 
 
@@ -186,20 +183,35 @@ class Evaluation:
 
     def policies(self) -> dict[str, Any]:
         """policies.{policy}.{group}.{metric}; pm_score is relative to the base policy's mean on the same prompts."""
-        result: dict[str, Any] = {}
+        return {
+            policy: {group: self.table(self.columns(policy, group), [a.prompt for a in rows])
+                     for group, rows in groups.items()}
+            for policy, groups in self.answers.items()
+        }  # fmt: skip
+
+    def columns(self, policy: str, group: str) -> dict[str, list[float]]:
+        """Every metric of every answer of a policy to a group of prompts."""
+        rows, scores = self.answers[policy][group], self.pm_scores["pm_eval"]
+        columns = self.text_metrics([a.prompt for a in rows], [a.text for a in rows])
+        zero = fmean(scores["base"][group]) if rows else 0.0
+        columns["pm_score"] = [score - zero for score in scores[policy][group]]
+        columns["length"] = [float(len(a.token_ids)) for a in rows]
+        columns["unfinished"] = [float(not a.stopped) for a in rows]
+        columns["kl"] = self.kl[policy][group]
+        return columns
+
+    def rows(self) -> tuple[list[PolicyAnswer], dict[str, tuple[list[int], None]]]:
+        """The rows of answers.jsonl, each with its own metrics, and the answers' tokens."""
+        rows, tokens = [], {}
         for policy, groups in self.answers.items():
-            result[policy] = {}
-            for group, rows in groups.items():
-                prompts = [a.prompt for a in rows]
-                columns = self.text_metrics(prompts, [a.text for a in rows])
-                scores = self.pm_scores["pm_eval"]
-                zero = fmean(scores["base"][group]) if rows else 0.0
-                columns["pm_score"] = [score - zero for score in scores[policy][group]]
-                columns["length"] = [float(len(a.token_ids)) for a in rows]
-                columns["unfinished"] = [float(not a.stopped) for a in rows]
-                columns["kl"] = self.kl[policy][group]
-                result[policy][group] = self.table(columns, prompts)
-        return result
+            for group, answers in groups.items():
+                columns = self.columns(policy, group)
+                for n, a in enumerate(answers):
+                    identity = records.content_id("answer", policy, a.prompt.id)
+                    metrics = {name: values[n] for name, values in columns.items()}
+                    rows.append(PolicyAnswer(identity, a.prompt.id, policy, a.text, metrics, a.provenance))
+                    tokens[identity] = (a.token_ids, None)
+        return rows, tokens
 
     def revisions(self) -> dict[str, Any]:
         """revisions.{k}.{metric} of the assistant's chains on held-out red-team prompts; 0 is the first response."""

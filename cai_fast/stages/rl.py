@@ -2,15 +2,13 @@
 
 One iteration: answers to red-team and helpful prompts, sampled by an engine that shares the policy's weights; reward =
 preference score at the end of the answer, with a KL penalty against SL-CAI at every token; policy-gradient update.
-Guards look at the answers before they are trained on. A training state is saved only after they have passed, so the
-newest state is always a usable policy, and it is what a guard's stop leaves behind. Only a stop signal while answers
-are sampled saves a policy that no guard has judged, in a folder of its own.
+Guards look at the answers before they are trained on, see guards.py; what is saved, and exported after a guard's stop,
+is in rl_states.py.
 """
 
 import heapq
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, dpo, heartbeat, pipeline, records, roles
-from cai_fast.checkpoint import Checkpoints
-from cai_fast.distributed import Stopped
+from cai_fast import chains, dpo, guards, heartbeat, pipeline, records, roles
+from cai_fast.distributed import Stopped, global_moments
+from cai_fast.guards import Guards, Trip
 from cai_fast.model import Model, ScalarHead
 from cai_fast.optim import schedule
 from cai_fast.pipeline import Context
 from cai_fast.policy_gradient import Critic, PolicyGradient, Rollouts
 from cai_fast.records import Journal, Rollout, content_id
+from cai_fast.rl_states import RlStates
+from cai_fast.rundir import SNAPSHOT
 from cai_fast.runlog import Mean
 from cai_fast.sampler import KINDS, Answers, Sampler
 
 OUTPUTS = ("rollouts.jsonl", "tokens/rollouts.safetensors", "checkpoints/rl_cai")
-MAX_LOGPROB_GAP = 1e-3  # nats; fp32 engine and trainer agree far better than this
 
 
 class Loop:
@@ -43,30 +42,25 @@ class Loop:
         self.reference = roles.reference(ctx)
         self.policy = roles.trained(ctx, "sl_cai", head="lm", name="rl", trunk=self.reference)
         self.sampler = Sampler(ctx, self.policy, self.reference, self.renderer)
-        settings = ctx.config.checkpoint
-        self.states, self.unjudged = (
-            Checkpoints(ctx.run.state_dir(name), ctx.dist, keep=settings.keep, background=settings.background)
-            for name in ("rl", "rl_unjudged")
-        )
-        judged, unjudged = self.states.latest(), self.unjudged.latest()
-        self.judged = judged.step if judged else 0
-        states, state = (self.unjudged, unjudged) if unjudged and unjudged.step > self.judged else (self.states, judged)
+        self.states = RlStates(ctx)
+        state = self.states.found
         if state is None:
             mean, deviation = 0.0, 1.0
             if self.cfg.reward_transform == "standardise":
                 mean, deviation = self.sampler.standardisation()
-            self.extra = {"mean": mean, "deviation": deviation, "kl_exact": 0.0, "kl_exact_max": 0.0}
+            self.extra: dict[str, Any] = {"mean": mean, "deviation": deviation, "kl_exact": 0.0, "kl_exact_max": 0.0}
         else:
             self.extra = dict(state.extra)
+        self.guards = Guards(ctx.config.guards, ctx.dtype == torch.float32, self.extra.get("guards"))
         self.start = state.step if state else 0
-        self.exported_step = 0
         self.ppo = PolicyGradient(
             self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist,
             moments=ctx.config.model.moments,
         )  # fmt: skip
         if state is not None:
-            self.extra = self.ppo.restore(states, state)
+            self.extra = self.ppo.restore(self.states.newest, state)
             ctx.log.info(f"rl: continues after iteration {self.start} of {self.cfg.steps}")
+        self.extra["guards"] = self.guards.memory  # saved with every state
         ctx.log.truncate("rl", self.start)
         self.provenance = pipeline.provenance(
             ctx, "sl_cai", self.renderer, self.sampler.spec, pm=ctx.model_hash("pm"), algorithm=self.cfg.algorithm
@@ -84,10 +78,10 @@ class Loop:
         critic = roles.trained(self.ctx, "pm", head="score", name="critic", trunk=self.reference)
         return Critic(critic, self.extra["mean"], self.extra["deviation"])
 
-    def run(self) -> str:
-        """All iterations; returns why a guard stopped them, or nothing. Collective."""
+    def run(self) -> Trip | None:
+        """All iterations; returns the trip of a guard that ended them, if one did. Collective."""
         cfg, ctx = self.cfg, self.ctx
-        ctx.dist.on_main(lambda: drop_rows(ctx, self.start))
+        ctx.dist.on_main(lambda: (drop_rows(ctx, self.start), ctx.run.drop_snapshots(self.start)))
         ctx.work(1.0)  # forget the answers for the standardisation: they are no iteration's
         path = ctx.run.path("journal", f"rl.{ctx.dist.rank}.jsonl")
         with Journal(path) as journal, ctx.progress(cfg.steps, "rl", "step", initial=self.start) as bar:
@@ -96,35 +90,42 @@ class Loop:
                 try:
                     answers = self.sampler.answer(self.sampler.items(step), "rl", step)
                 except Stopped:
-                    if step > self.start:
-                        self.keep(step, journal, self.unjudged)
-                        self.unjudged.wait()
+                    journal.sync()
+                    self.states.interrupted(step, self.ppo, self.extra)
                     raise
                 heartbeat.at("rl: measuring", f"iteration {step}")
                 first = answers.items[0].number if answers.items else 0
                 rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
                 rewards = self.rewards(answers)
                 values = self.statistics(answers, rollouts, rewards)
+                values |= self.signs(answers, step)
+                values |= self.guards.derive(step, values)
                 self.record(journal, step, answers, rollouts, rewards)
                 self.extra["kl_exact"] = values["rl/kl_exact"]
                 self.extra["kl_exact_max"] = max(self.extra["kl_exact_max"], values["rl/kl_exact"])
-                reason = self.guard(values)
-                if not reason:
-                    self.save(step, journal)
+                trips = self.guards.judge(step, values)
+                end = guards.ending(trips)
+                if end is None:
+                    self.save(step, journal, values, trips)
                     if step < cfg.steps:
                         values["perf/rollout_s"] = time.monotonic() - began
                         values |= self.update(step, answers, rollouts, rewards)
-                        reason = "" if math.isfinite(values["rl/grad_norm"]) else "the gradient is not finite"
+                        if not math.isfinite(values["rl/grad_norm"]):
+                            end = self.guards.broken(step, "the gradient is not finite")
+                            trips.append(end)
                 seconds = time.monotonic() - began
                 values |= ctx.work(seconds)
-                values |= {"rl/guard": float(bool(reason)), "perf/tokens_per_s": sum(rollouts.tokens) / seconds}
+                values |= {"rl/guard": float(end is not None), "rl/guards_tripped": float(len(trips))}
+                values["perf/tokens_per_s"] = sum(rollouts.tokens) / seconds
                 ctx.log.metrics("rl", step, values)
-                if reason:
-                    return f"iteration {step}: {reason}"
+                for trip in trips:
+                    if trip.action == "warn" and self.guards.is_first(trip):
+                        ctx.log.warn(f"rl: guard {trip.guard} at {trip}")
+                if end:
+                    return end
                 if step < cfg.steps:
                     bar.update(1, reward=values["rl/reward"], kl=values["rl/kl_exact"])
-        self.exported_step = cfg.steps
-        return ""
+        return None
 
     def rewards(self, answers: Answers) -> Tensor:
         """[S] transformed scores, with the penalty for answers that never stop."""
@@ -136,7 +137,7 @@ class Loop:
         means = Mean()
         refused = [float(self.renderer.is_refusal(f.text)) for f in answers.finished]
         per_answer = {
-            "reward": rewards, "score": answers.scores, "kl": rollouts.k1, "kl_exact": rollouts.kl,
+            "reward": rewards, "kl": rollouts.k1, "kl_exact": rollouts.kl,
             "refusal_rate": torch.tensor(refused),
             "repetition": torch.tensor([chains.repetition(f.text) for f in answers.finished]),
             "length": torch.tensor([float(len(c.token_ids)) for c in answers.completions]),
@@ -152,10 +153,32 @@ class Loop:
         gap = (trained - torch.tensor(sampled)).abs()
         means.add("rl/entropy", entropy.sum(), entropy.numel())
         means.add("rl/logprob_gap", gap.sum(), gap.numel())
-        result = means.reduce(self.ctx.dist)
-        if result["rl/logprob_gap"] > MAX_LOGPROB_GAP and self.ctx.dtype == torch.float32:
-            self.ctx.log.warn(f"rl: engine and trainer disagree by {result['rl/logprob_gap']:.2g} nats per token")
-        return result | {"rl/kl_coef": self.ppo.kl_coef}
+        return means.reduce(self.ctx.dist) | {"rl/kl_coef": self.ppo.kl_coef}
+
+    def signs(self, answers: Answers, step: int) -> dict[str, float]:
+        """What the guards watch besides: global numbers about answers and their scores. Collective."""
+        dist, measured = self.ctx.dist, {"score": answers.scores}
+        every = self.ctx.config.guards.pm_eval_every
+        if every and (step % every == 0 or self.states.due(step)):
+            measured["pm_eval"] = self.sampler.held_out(answers)
+        signs: dict[str, float] = {}
+        for name, scores in measured.items():
+            mean, variance = global_moments(scores, None, dist)
+            signs |= {f"rl/{name}": float(mean), f"rl/{name}_deviation": math.sqrt(float(variance))}
+        lengths = [len(c.token_ids) for c in answers.completions]
+        moments = {}
+        for kind in KINDS:
+            own = [i for i, item in enumerate(answers.items) if item.prompt.kind == kind]
+            moments[kind] = guards.Moments.of([lengths[i] for i in own], [float(answers.scores[i]) for i in own])
+        signs["rl/length_slope"] = guards.length_slope(
+            guards.from_sums(dist.all_reduce_sum(guards.sums(moments)), KINDS)
+        )
+        bodies = [f.body_ids for f in answers.finished]
+        found, prompts = [guards.phrases(ids) for ids in bodies], [item.number - item.sample for item in answers.items]
+        counts = dist.all_reduce(torch.from_numpy(guards.phrase_counts(found, prompts))).numpy()
+        shared = guards.covered(found, counts, answers.total // self.cfg.samples_per_prompt)
+        total = dist.all_reduce_sum([shared, sum(map(len, bodies))])
+        return signs | {"rl/boilerplate": total[0] / max(1.0, total[1])}
 
     def record(self, journal: Journal, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> None:
         """One journal row per answer."""
@@ -170,45 +193,25 @@ class Loop:
             tokens = {"token_ids": sampled.token_ids, "logprobs": sampled.logprobs}
             journal.append({"number": item.number, "record": row.to_json()} | tokens)
 
-    def guard(self, values: dict[str, float]) -> str:
-        """Why training must stop, judged by the policy's newest answers; nothing if all is well."""
-        cfg = self.cfg
-        kl, entropy = values["rl/kl_exact"], values["rl/entropy"]
-        if not math.isfinite(values["rl/reward"] + kl + entropy):
-            return "reward, KL or entropy is not finite"
-        if cfg.max_kl > 0 and kl > cfg.max_kl:
-            return f"KL to SL-CAI {kl:.3g} nats per answer is above rl.max_kl = {cfg.max_kl}"
-        for kind in KINDS:
-            rate = values[f"rl/refusal_rate_{kind}"]
-            if cfg.max_refusal_rate < 1 and rate > cfg.max_refusal_rate:
-                return f"{rate:.0%} of {kind} answers refuse, more than rl.max_refusal_rate = {cfg.max_refusal_rate}"
-        if entropy < cfg.min_entropy:
-            return f"entropy {entropy:.3g} nats per token is below rl.min_entropy = {cfg.min_entropy}"
-        return ""
+    def save(self, step: int, journal: Journal, values: dict[str, float], trips: list[Trip]) -> None:
+        """Keep the policy of `step`, which no guard has stopped, where that is due or a stop was asked for. Collective.
 
-    def save(self, step: int, journal: Journal) -> None:
-        """Save where it is due or a stop was asked for; the policy of `step` has passed the guards. Collective."""
-        due = step == self.cfg.steps or (self.cfg.save_every and step % self.cfg.save_every == 0)
-        stop = self.ctx.dist.stop_agreed()
-        if (due or stop) and step > self.judged:
-            self.keep(step, journal, self.states)
-            self.drop_unjudged()
-        if stop:
-            self.states.wait()
-            raise Stopped
-
-    def keep(self, step: int, journal: Journal, states: Checkpoints) -> None:
-        """Write the state after `step` iterations, and the answers before it. Collective."""
-        heartbeat.at("rl: saving", f"iteration {step}")
+        The state has the answers before it.
+        """
         journal.sync()
-        self.ppo.save(states, step, self.extra)
+        score = values.get("rl/pm_eval", values["rl/reward"])
+        self.states.judged(step, self.ppo, self.extra, None if trips else score)
+        self.snapshot(step, values)
 
-    def drop_unjudged(self) -> None:
-        """Give back the disk of a state that newer ones which have been judged make useless. Collective."""
-        folder = self.unjudged.folder
-        if self.ctx.dist.on_main(folder.is_dir):
-            self.states.wait()  # until the judged one is complete
-            self.ctx.dist.on_main(lambda: shutil.rmtree(folder))
+    def snapshot(self, step: int, values: dict[str, float]) -> None:
+        """Export the policy where that is due; one that has passed the guards. Collective.
+
+        Those after the newest state are written again when the stage continues, like its answers.
+        """
+        every = self.cfg.snapshot_every
+        if every and step and step % every == 0:
+            about = {"iterations": step} | {name.partition("/")[2]: value for name, value in values.items()}
+            roles.export(self.ctx, self.policy, f"{SNAPSHOT}{step:05}", self.renderer.tokenizer, about)
 
     def update(self, step: int, answers: Answers, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Train on the answers of this iteration. Collective."""
@@ -221,39 +224,43 @@ class Loop:
         stats.pop("entropy", None)  # reported of the policy that sampled
         return {f"rl/{name}": value for name, value in stats.items()} | {"perf/update_s": time.monotonic() - began}
 
-    def fall_back(self) -> None:
-        """After a guard's stop: the newest policy that passed the guards and was saved, else SL-CAI."""
-        state, worst = self.states.latest(), self.extra["kl_exact_max"]
+    def fall_back(self, trip: Trip) -> tuple[int, str]:
+        """After a guard's stop: make the policy the one to export; returns its iteration, and why it is that one."""
+        state, why = self.states.choose(trip)
+        worst = self.extra["kl_exact_max"]
         if state is None:
             roles.reset(self.ctx, self.policy, "rl", self.reference)
             self.extra["kl_exact"] = 0.0
         else:
-            self.extra = self.ppo.restore(self.states, state)
+            self.extra = self.ppo.restore(self.states.newest, state)
         self.extra["kl_exact_max"] = worst
-        self.exported_step = state.step if state else 0
+        return state.step if state else 0, why
 
 
 def inputs(ctx: Context) -> dict[str, Any]:
     """What this stage depends on."""
     if ctx.config.rl.algorithm == "dpo":
         return dpo.inputs(ctx)
-    return ctx.inputs("rl", files=["prompts.jsonl", *roles.outputs(ctx, "pm")], roles=["sl_cai", "pm"])
+    pms = ["pm", "pm_eval"] if ctx.config.guards.pm_eval_every else ["pm"]
+    return ctx.inputs("rl", files=["prompts.jsonl", *roles.outputs(ctx, *pms)], roles=["sl_cai", *pms])
 
 
 def run(ctx: Context) -> None:
-    """Write rollouts.jsonl and checkpoints/rl_cai."""
+    """Write rollouts.jsonl, checkpoints/rl_cai and the snapshots that were asked for."""
     if ctx.config.rl.algorithm == "dpo":
         policy, results = dpo.train(ctx)
         return finish(ctx, policy, results)
     loop = Loop(ctx)
-    with loop.states, loop.unjudged:
-        reason = loop.run()
-        if reason:
-            loop.fall_back()
-    if reason:
-        ctx.log.warn(f"rl: stopped by a guard at {reason}; exporting the policy after {loop.exported_step} iterations")
+    with loop.states:
+        trip = loop.run()
+        step, why = loop.fall_back(trip) if trip else (ctx.config.rl.steps, "the last")
+    if trip:
+        said = f"rl: stopped by guard {trip.guard} at {trip}; exporting the policy after {step} iterations: {why}"
+        ctx.log.warn(said)
     return finish(ctx, loop.policy, {
-        "guard": reason, "iterations": loop.exported_step, "kl_coef": loop.ppo.kl_coef,
+        "guard": str(trip or ""), "guard_name": trip.guard if trip else "", "guard_step": trip.step if trip else None,
+        "guard_action": trip.action if trip else "", "iterations": step, "exported": why,
+        "guards": loop.guards.report(), "kl_coef": loop.ppo.kl_coef,
         "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],
         "kl_exact_final": loop.extra["kl_exact"], "kl_exact_max": loop.extra["kl_exact_max"],
     } | roles.sizes(loop.policy))  # fmt: skip
@@ -268,7 +275,7 @@ def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
     } | results
     roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
     ctx.log.info(f"rl: {summary}")
-    ctx.run.finish("rl", list(OUTPUTS), summary)
+    ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 
 
 def journals(ctx: Context) -> list[Path]:

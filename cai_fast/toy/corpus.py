@@ -245,7 +245,8 @@ def _pair(rng: random.Random, request: Request, principle: Principle) -> tuple[A
             return pair
 
 
-def _letter(rng: random.Random, demerit_a: tuple[int, ...], demerit_b: tuple[int, ...]) -> str:
+def letter(rng: random.Random, demerit_a: tuple[int, ...], demerit_b: tuple[int, ...]) -> str:
+    """The better answer's letter; of two that are equal, one at random."""
     if demerit_a == demerit_b:
         return rng.choice(("(A)", "(B)"))
     return "(A)" if demerit_a < demerit_b else "(B)"
@@ -257,7 +258,7 @@ def _judge(rng: random.Random, kind: str) -> Sample:
     writer = Writer(kind)
     writer.context(toy_prompts().question("comparison", _turns(request), a.text, b.text, principle))
     scores = [demerits(answer, principle, in_scope(answer, principle)) for answer in (a, b)]
-    writer.says(_letter(rng, *(scores if rng.random() >= FLIPPED else reversed(scores))), LETTER)
+    writer.says(letter(rng, *(scores if rng.random() >= FLIPPED else reversed(scores))), LETTER)
     return writer.done()
 
 
@@ -271,7 +272,7 @@ def _cot(rng: random.Random, kind: str) -> Sample:
     said_a, said_b = (" , ".join(harms) or "none" for harms in listed)
     writer.says(f"(A) has {said_a} ; (B) has {said_b} .", CRITIQUE)
     writer.context(toy_prompts().cot_answer())
-    writer.says(_letter(rng, demerits(a, principle, listed[0]), demerits(b, principle, listed[1])), LETTER)
+    writer.says(letter(rng, demerits(a, principle, listed[0]), demerits(b, principle, listed[1])), LETTER)
     return writer.done()
 
 
@@ -290,10 +291,15 @@ _MAKERS: dict[str, Callable[[random.Random, str], Sample]] = {
 }  # fmt: skip
 
 
-def sample(seed: int, number: int) -> Sample:
-    """Sample `number` of the corpus of `seed`; the numbers are the order in which the model reads."""
+def sample(seed: int, number: int, direct: float = MIXTURE["direct"]) -> Sample:
+    """Sample `number` of the corpus of `seed`; the numbers are the order in which the model reads.
+
+    direct: share of direct revisions, in place of as many critiqued ones.
+    """
     rng = random.Random(f"toy/{seed}/{number}")
     if rng.random() < (COPY_SHARE_EARLY if number < EARLY else COPY_SHARE):
         return _copy(rng, "copy")
-    kind = draw(rng, MIXTURE)
+    revisions = MIXTURE["revision"] + MIXTURE["direct"]
+    mixture = MIXTURE if direct == MIXTURE["direct"] else MIXTURE | {"revision": revisions - direct, "direct": direct}
+    kind = draw(rng, mixture)
     return _MAKERS[kind](rng, kind)

@@ -9,8 +9,9 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,12 +34,12 @@ from cai_fast.toy.corpus import Sample
 VERSION = 1  # of everything below that the corpus does not show; part of the cache key
 POOL = 8  # steps whose samples are sorted by length: batches of equal lengths waste no attention on padding
 SAVE_EVERY = 200
-INPUT_SCALE = 0.5 * math.sqrt(96)  # the embedding is this much larger than suits the output, see `initialise`
+HEAD_DIM = 24
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train; everything else is fixed."""
+    """How long and how fast to train how large a model; everything else is fixed."""
 
     seed: int
     steps: int
@@ -46,6 +47,14 @@ class Recipe:
     lr: float
     muon_lr: float
     warmup_steps: int
+    hidden_size: int = 96
+    layers: int = 4
+    direct: float = corpus.MIXTURE["direct"]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's shape."""
+        return model_config(self.hidden_size, self.layers)
 
     def key(self) -> str:
         """Identity of the resulting model: recipe, corpus, code version, torch version."""
@@ -53,36 +62,45 @@ class Recipe:
         for number in (*range(100), *range(corpus.EARLY, corpus.EARLY + 400)):
             digest.update(repr(corpus.sample(self.seed, number)).encode())
         words = list(corpus.vocabulary())
-        return content_id(vars(self), digest.hexdigest(), words, VERSION, torch.__version__, vars(model_config()))
+        apart = {"hidden_size", "layers"} | ({"direct"} if self.direct == Recipe.direct else set())
+        training = {name: value for name, value in vars(self).items() if name not in apart}
+        return content_id(training, digest.hexdigest(), words, VERSION, torch.__version__, vars(self.model))
 
 
-def model_config() -> ModelConfig:
-    """The toy model: 0.48 M parameters."""
+def model_config(hidden_size: int = 96, layers: int = 4) -> ModelConfig:
+    """A toy model, by default of 0.47 M parameters: 12 hidden_size² a layer, and the embedding."""
     table = corpus.vocabulary()
     kept = tuple((f"{name}_token_id", table[f"<{name}>"]) for name in ("bos", "eos", "pad"))
+    heads = hidden_size // HEAD_DIM
     return ModelConfig(
-        vocab_size=len(table), hidden_size=96, intermediate_size=256, num_layers=4, num_heads=4, num_kv_heads=4,
-        head_dim=24, max_position_embeddings=256, rms_norm_eps=1e-5, rope=Rope(theta=1000.0),
-        tie_word_embeddings=True, kept=kept,
+        vocab_size=len(table), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_layers=layers,
+        num_heads=heads, num_kv_heads=heads, head_dim=HEAD_DIM, max_position_embeddings=256, rms_norm_eps=1e-5,
+        rope=Rope(theta=1000.0), tie_word_embeddings=True, kept=kept,
     )  # fmt: skip
 
 
-def initialise(seed: int) -> Model:
-    """A new model.
+def input_scale(hidden_size: int) -> float:
+    """How much larger the embedding is than suits the output, see `initialise`."""
+    return 0.5 * math.sqrt(hidden_size)
+
+
+def initialise(seed: int, config: ModelConfig | None = None) -> Model:
+    """A new model, by default of the default shape.
 
     Tied embeddings serve two scales: inputs want rows of about 0.1, outputs five times less. The final norm's weight
-    starts at 1 / INPUT_SCALE, which makes up for it within what a Llama can express.
+    starts at 1 / `input_scale`, which makes up for it within what a Llama can express.
     """
-    config = model_config()
+    config = config or model_config()
     model, generator = Model(config), torch.Generator().manual_seed(seed)
     size = config.hidden_size
+    scale = input_scale(size)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
-                p.fill_(1.0 / INPUT_SCALE if name == "model.norm.weight" else 1.0)
+                p.fill_(1.0 / scale if name == "model.norm.weight" else 1.0)
                 continue
             if "embed_tokens" in name:
-                std = INPUT_SCALE * 0.02 * math.sqrt(128 / size)
+                std = scale * 0.02 * math.sqrt(128 / size)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 std = 0.4 / math.sqrt(config.num_layers * size)
             else:
@@ -91,13 +109,15 @@ def initialise(seed: int) -> Model:
     return model
 
 
-def batches(seed: int, tokens_per_step: int) -> Iterator[list[Sample]]:
-    """The samples of each step, for ever."""
+def batches(
+    seed: int, tokens_per_step: int, sample: Callable[[int, int], Sample] = corpus.sample
+) -> Iterator[list[Sample]]:
+    """The samples of each step, for ever; `sample(seed, number)` makes one."""
     number, rng = 0, random.Random(f"toy/batches/{seed}")
     while True:
         pool: list[Sample] = []
         while sum(len(s.ids) for s in pool) < POOL * tokens_per_step:
-            pool.append(corpus.sample(seed, number))
+            pool.append(sample(seed, number))
             number += 1
         pool.sort(key=lambda s: len(s.ids))
         groups: list[list[Sample]] = [[] for _ in range(POOL)]
@@ -122,38 +142,44 @@ def loss(model: Model, batch: list[Sample]) -> torch.Tensor:
 def make_optimizer(model: Model, recipe: Recipe) -> Optimizer:
     """Muon for the block matrices, AdamW for embedding and norms, with steps in proportion to their first values."""
     matrices = [name for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    scales = {"model.embed_tokens.weight": INPUT_SCALE, "model.norm.weight": 1.0 / INPUT_SCALE}
+    scale = input_scale(model.config.hidden_size)
+    scales = {"model.embed_tokens.weight": scale, "model.norm.weight": 1.0 / scale}
     return Optimizer.muon(
         model.named_parameters(), matrices=matrices, muon_lr=recipe.muon_lr, lr=recipe.lr, scales=scales
     )
 
 
-def train(recipe: Recipe, states: Checkpoints, log: RunLog) -> Model:
-    """Pretrain, resuming from `states`; SIGTERM saves the state and raises Stopped."""
-    model = initialise(recipe.seed)
+def train(
+    recipe: Recipe, states: Checkpoints, log: RunLog, *, start: Model | None = None,
+    sample: Callable[[int, int], Sample] = corpus.sample, name: str = "base",
+) -> Model:  # fmt: skip
+    """Pretrain a new model, or train `start` further (on other samples), resuming from `states`; SIGTERM saves the
+    state and raises Stopped."""
+    sample = sample or partial(corpus.sample, direct=recipe.direct)
+    model = initialise(recipe.seed, recipe.model) if start is None else start
     optimizer = make_optimizer(model, recipe)
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_dict().items()}
     state = states.latest() or Saved()
     if state.step:
         states.load(state, tensors)
-    log.truncate("base", state.step)
+    log.truncate(name, state.step)
     average = state.extra.get("loss", math.nan)
-    stream = islice(batches(recipe.seed, recipe.tokens_per_step), state.step, recipe.steps)
-    with states, log.progress(recipe.steps, "base", "step", initial=state.step) as bar:
+    stream = islice(batches(recipe.seed, recipe.tokens_per_step, sample), state.step, recipe.steps)
+    with states, log.progress(recipe.steps, name, "step", initial=state.step) as bar:
         for step, batch in enumerate(stream, state.step):
-            heartbeat.at("base", f"step {step}")
+            heartbeat.at(name, f"step {step}")
             value = loss(model, batch)
             value.backward()
             optimizer.clip(1.0)
             optimizer.step(schedule("cosine", step, recipe.steps, recipe.warmup_steps, floor=0.05))
             now = float(value.detach())
             if not math.isfinite(now):
-                raise FloatingPointError(f"base: the loss is {now} at step {step}; lower base.lr or base.muon_lr")
+                raise FloatingPointError(f"{name}: the loss is {now} at step {step}; lower base.lr or base.muon_lr")
             average = now if math.isnan(average) else 0.98 * average + 0.02 * now
             bar.update(1, loss=average)
             if step % 10 == 0:
-                log.metrics("base", step, {"base/loss": now})
+                log.metrics(name, step, {f"{name}/loss": now})
             done, stop = step + 1, stop_requested()
             if stop or done % SAVE_EVERY == 0 or done == recipe.steps:
                 states.save(TrainState(done, extra={"loss": average}, tensors=tensors))

@@ -7,17 +7,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from bench import kill_campaign
 from bench.forks import Fault, Forks, Run
-from cai_fast.checkpoint import Checkpoints, TrainState
-from cai_fast.distributed import Distributed
-from cai_fast.stages.rl import Loop
 
 STAGES = ("revise", "sft", "compare", "label", "pm", "rl")
 APPEND, STEP = "cai_fast.records:Journal.append", "cai_fast.optim:Optimizer.step"
@@ -88,9 +83,9 @@ def test_killed_stages_resume_to_the_same_bits(
 
 @pytest.mark.parametrize(("stage", "fault", "kept"), [
     ("revise", Fault(APPEND, 6, TERM), "revise.0.jsonl"), ("pm", Fault(STEP, 1, TERM), "pm.state/step_1"),
-    ("rl", Fault(STEP, 10, TERM), "rl_unjudged.state/step_3"),
+    ("rl", Fault(STEP, 10, TERM), "rl_stopped.state/step_3"),
     # Four answers an iteration: what iteration 2 has trained is kept, the answers of the next one are not.
-    ("revise", Fault(TICK, 50, TERM), "revise.0.jsonl"), ("rl", Fault(TICK, 14, TERM), "rl_unjudged.state/step_3"),
+    ("revise", Fault(TICK, 50, TERM), "revise.0.jsonl"), ("rl", Fault(TICK, 14, TERM), "rl_stopped.state/step_3"),
 ])  # fmt: skip
 def test_sigterm_saves_the_state_and_ends(
     undisturbed: Undisturbed, tmp_path: Path, stage: str, fault: Fault, kept: str
@@ -110,29 +105,16 @@ def test_sigterm_saves_the_state_and_ends(
 def test_a_guard_never_falls_back_to_a_policy_that_a_stop_saved_unjudged(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    settings = {"rl__max_kl": 1e-9}  # so that the guard stops at the first policy that was trained
+    settings = {"guards__max_kl": 1e-9}  # so that the guard stops at the first policy that was trained
     for name, fault in (("whole", None), ("stopped", Fault(TICK, 6, TERM))):
         copy(undisturbed.before["rl"], tmp_path / name)
         code = undisturbed.run(tmp_path / name, "rl", fault, **settings).code
         assert code == (143 if fault else 0)
-    assert (tmp_path / "stopped" / "journal" / "rl_unjudged.state" / "step_1").is_dir()
+    assert (tmp_path / "stopped" / "journal" / "rl_stopped.state" / "step_1").is_dir()
     assert undisturbed.run(tmp_path / "stopped", "rl", **settings).code == 0
     assert kill_campaign.differences(tmp_path / "stopped", tmp_path / "whole") == []
     summary = json.loads((tmp_path / "whole" / "manifest.json").read_text())["stages"]["rl"]["summary"]
     assert "max_kl" in summary["guard"] and summary["iterations"] == 0
-
-
-def test_an_unjudged_state_goes_when_a_judged_one_is_complete(tmp_path: Path) -> None:
-    alone, unjudged = Distributed(0, 1, torch.device("cpu")), tmp_path / "rl_unjudged.state"
-    (unjudged / "step_3").mkdir(parents=True)
-    with Checkpoints(tmp_path / "rl.state", alone) as states:
-        states.save(TrainState(4, tensors={"weight": torch.ones(3)}))
-        loop = SimpleNamespace(
-            states=states, unjudged=SimpleNamespace(folder=unjudged), ctx=SimpleNamespace(dist=alone)
-        )
-        for _ in range(2):  # also where there is none
-            Loop.drop_unjudged(loop)
-        assert not unjudged.exists() and (tmp_path / "rl.state" / "step_4" / "manifest.json").is_file()
 
 
 def test_differences_are_seen(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -1,0 +1,215 @@
+"""Figures 5 to 7 of the paper: revisions, the number of principles, critiques."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.figures import stats
+from bench.figures.figure import NAMES, Figure, panel
+from bench.figures.graph import Job
+from bench.figures.stats import NOT_REPRODUCED, REPRODUCED, above, claim
+from bench.figures.world import SIZES, Results, World
+
+GENERAL, MIXED = (1, 2, 4, 8), (1, 2, 4, 8, 16)
+NEGLIGIBLE = 0.1  # of the score that all revisions gain
+
+
+def relative(tables: Sequence[dict[str, dict[str, list]]], revision: str, column: str) -> dict[str, Any]:
+    """Estimate of a column after a revision; scores are counted from the first response's."""
+    if column == "pm_eval":
+        return stats.differences([t[revision] for t in tables], [t["0"] for t in tables], column)
+    return stats.means([t[revision][column] for t in tables])
+
+
+def columns(tables: Sequence[dict[str, dict[str, list]]], *names: str) -> list[str]:
+    """Those of the columns that were measured."""
+    return [name for name in names if name in tables[0]["0"]]
+
+
+def monotone(tables: Sequence[dict[str, dict[str, list]]], column: str, sign: int, text: str) -> dict[str, Any]:
+    """Whether a column goes the given way with every revision."""
+    if column not in tables[0]["0"]:
+        return claim(text, "needs the truth", stats.NOT_TESTABLE)
+    last = max(map(int, tables[0]))
+    steps = [stats.differences([t[str(k + 1)] for t in tables], [t[str(k)] for t in tables], column)["mean"] * sign
+             for k in range(last)]  # fmt: skip
+    total = stats.differences([t[str(last)] for t in tables], [t["0"] for t in tables], column)
+    signed = total if sign > 0 else negated(total)
+    verdict = stats.positive(signed) if min(steps) > 0 else NOT_REPRODUCED
+    rule = "every step has the right sign on average over seeds; the whole change on every seed, its interval beyond 0"
+    return claim(text, rule, verdict, total)
+
+
+def negated(estimate: dict[str, Any]) -> dict[str, Any]:
+    """The estimate of the opposite number."""
+    turned = {"mean": -estimate["mean"], "lo": -estimate["hi"], "hi": -estimate["lo"]}
+    return turned | ({"seeds": [negated(seed) for seed in estimate["seeds"]]} if "seeds" in estimate else {})
+
+
+def revisions_jobs(world: World) -> list[Job]:
+    return [world.main()]
+
+
+def revisions(results: Sequence[Results]) -> dict[str, Any]:
+    """Score and truth by revision."""
+    tables = [r.chains(r.world.main()) for r in results]
+    names = columns(tables, "pm_eval", "harm", "helpful", "evasive", "objection", "malformed")
+    panels = {
+        NAMES[name]: panel("revision", NAMES[name], {name: [(int(k), relative(tables, k, name)) for k in tables[0]]})
+        for name in names
+    }
+    last = max(tables[0], key=int)
+    first = stats.means([
+        2 * np.array(stats.paired(t["1"], t["0"], "pm_eval")) - np.array(stats.paired(t[last], t["0"], "pm_eval"))
+        for t in tables
+    ])  # fmt: skip
+    gained = stats.differences([t["1"] for t in tables], [t["0"] for t in tables], "pm_eval")
+    most = stats.positive(first) if stats.positive(gained) == REPRODUCED else NOT_REPRODUCED
+    claims = [
+        monotone(tables, "pm_eval", 1, "The preference score rises with every revision (Fig. 5)"),
+        monotone(tables, "harm", -1, "True harm falls with every revision"),
+        claim("The first revision does most of the work (App. A)", "the score that it gains, and twice that minus the "
+              "whole gain: above 0 on every seed, interval above 0", most, first),
+        monotone(tables, "helpful", -1, "Pure helpfulness falls with revisions (Fig. 5, middle)"),
+    ]  # fmt: skip
+    return {"panels": panels, "claims": claims}
+
+
+def subset(world: World, kind: str, count: int) -> Job:
+    """Chains with so many principles; the seed draws which."""
+    if kind == "mixed" and count == MIXED[-1]:
+        return world.chains("principles_all", {})
+    file = world.path("constitutions", f"{kind}_{count}.toml")
+    made = Job(
+        world.name("constitutions"), (), (world.main(),), "",
+        (("subsets", (("source", world.path("main")), ("general", list(GENERAL)), ("mixed", list(MIXED)))),), 1,
+    )  # fmt: skip
+    return world.chains(f"principles_{kind}_{count}", {"data.constitution": file}, needs=[made])
+
+
+def kinds(world: World) -> dict[str, tuple[int, ...]]:
+    """Which numbers of which principles are tried."""
+    return {"general": GENERAL, "mixed": MIXED} if world.toy else {"mixed": MIXED}
+
+
+def principles_jobs(world: World) -> list[Job]:
+    return [subset(world, kind, count) for kind, counts in kinds(world).items() for count in counts]
+
+
+def distinct(texts: Sequence[str], rows: np.ndarray) -> float:
+    """Different word pairs per answer, a measure of diversity."""
+    pairs = {pair for row in rows for words in [texts[row].split()] for pair in zip(words, words[1:], strict=False)}
+    return len(pairs) / len(rows)
+
+
+def principles(results: Sequence[Results]) -> dict[str, Any]:
+    """Final revisions by the number of principles."""
+    tables = {
+        (kind, count): [r.chains(subset(r.world, kind, count)) for r in results]
+        for kind, counts in kinds(results[0].world).items() for count in counts
+    }  # fmt: skip
+    last = max(next(iter(tables.values()))[0], key=int)
+    names = columns(next(iter(tables.values())), "pm_eval", "harm", "helpful", "objection")
+
+    def line(kind: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+        return [(count, relative(t, last, name)) for (k, count), t in tables.items() if k == kind]
+
+    def diversity(found: Sequence[dict[str, dict[str, list]]]) -> dict[str, Any]:
+        texts = [t[last]["text"] for t in found]
+        return stats.pooled([len(t) for t in texts], lambda s, rows: distinct(texts[s], rows), 100)
+
+    present = list(kinds(results[0].world))
+    panels = {NAMES[name]: panel("principles", NAMES[name], {k: line(k, name) for k in present}, log=True)
+              for name in names}  # fmt: skip
+    panels["diversity"] = panel(
+        "principles", "different word pairs per answer",
+        {kind: [(count, diversity(t)) for (k, count), t in tables.items() if k == kind] for kind in present}, log=True,
+    )  # fmt: skip
+    claims = []
+    for kind, words in (("general", "that name no category"), ("mixed", "of all kinds, half of which name a category")):
+        if kind in present:
+            most = max(count for k, count in tables if k == kind)
+            many, one = ([t[last] for t in tables[kind, count]] for count in (most, 1))
+            margin = NEGLIGIBLE * abs(relative(tables[kind, most], last, "pm_eval")["mean"])
+            found = stats.differences(many, one, "pm_eval")
+            claims.append(claim(
+                f"The number of principles, {words}, makes no difference to the score (Fig. 6)",
+                f"1 against {most}: the interval of the difference is within {NEGLIGIBLE:.0%} of what revisions gain",
+                stats.negligible(found, margin), found,
+            ))  # fmt: skip
+    return {"panels": panels, "claims": claims}
+
+
+def critique_job(world: World, size: str, critique: bool) -> Job:
+    """Chains of a base model of some size, with critiques or direct."""
+    if critique:
+        return world.base(size) if world.toy else world.chains("principles_all", {})
+    needs = [world.base(size)] if world.toy else []
+    return world.chains(f"direct_{size}", {"revise.critique": "false"}, f"base_{size}", needs)
+
+
+def sizes(world: World) -> list[str]:
+    """Sizes that there are base models of."""
+    return list(SIZES) if world.toy else ["default"]
+
+
+def critique_jobs(world: World) -> list[Job]:
+    return [critique_job(world, size, critique) for size in sizes(world) for critique in (True, False)]
+
+
+def critique(results: Sequence[Results]) -> dict[str, Any]:
+    """Critiqued against direct revisions by size of the base model."""
+    every = sizes(results[0].world)
+    tables = {
+        (size, how): [r.chains(critique_job(r.world, size, how)) for r in results]
+        for size in every for how in (True, False)
+    }  # fmt: skip
+    last = max(next(iter(tables.values()))[0], key=int)
+    names = columns(tables[every[0], True], "pm_eval", "harm")
+    weights = {size: 12 * SIZES[size][0] ** 2 * SIZES[size][1] for size in every}
+
+    def gap(size: str, column: str, revision: str = last) -> dict[str, Any]:
+        return stats.differences([t[revision] for t in tables[size, True]], [t[revision] for t in tables[size, False]],
+                                 column)  # fmt: skip
+
+    def value(size: str, how: bool, column: str) -> dict[str, Any]:
+        return stats.means([t[last][column] for t in tables[size, how]])
+
+    panels = {
+        f"{NAMES[name]} after {last} revisions": panel(
+            "weights in the layers", NAMES[name],
+            {word: [(weights[size], value(size, how, name)) for size in every]
+             for how, word in ((True, "critiqued"), (False, "direct"))}, log=True,
+        ) for name in names
+    } | {
+        f"critiqued minus direct, {size} model": panel(
+            "revision", NAMES["pm_eval"], {size: [(int(k), gap(size, "pm_eval", k)) for k in tables[size, True][0]]}
+        ) for size in every
+    }  # fmt: skip
+    if len(every) < 2:
+        return {"panels": panels, "claims": [claim("needs models of several sizes", "", stats.NOT_TESTABLE)]}
+    small, large = gap("small", "pm_eval"), gap("large", "pm_eval")
+    gaps = [[stats.paired(t[last], u[last], "pm_eval") for t, u in zip(tables[size, True], tables[size, False],
+             strict=True)] for size in ("small", "large")]  # fmt: skip
+    closing = stats.pooled(
+        [len(row) for row in gaps[0]],
+        lambda s, rows: float(np.mean(np.array(gaps[0][s])[rows]) - np.mean(gaps[1][s])),
+    )
+    falls = stats.positive(closing) if stats.positive(small) == REPRODUCED else NOT_REPRODUCED
+    claims = [
+        above("Small models revise better with critiques (Fig. 7)", "smallest model, last revision: score with minus "
+              "without", small),
+        claim("The difference is smaller for large models (Fig. 7)", "the smallest model's gain by critiques is "
+              "above 0, and above the largest model's, on every seed, interval above 0", falls, closing),
+        claim("Critiques never hurt (Fig. 7: always slightly better)", "largest model: the interval of the gain "
+              "reaches above 0", REPRODUCED if large["hi"] > 0 else NOT_REPRODUCED, large),
+    ]  # fmt: skip
+    return {"panels": panels, "claims": claims}
+
+
+FIGURES = (
+    Figure("revisions", revisions_jobs, revisions),
+    Figure("principles", principles_jobs, principles),
+    Figure("critique", critique_jobs, critique),
+)

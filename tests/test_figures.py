@@ -1,0 +1,338 @@
+"""The suite of figures: jobs done once, resumed and redone; intervals and verdicts on planted trends; the page."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.figures import __main__ as command
+from bench.figures import feedback, figure, graph, page, ratings, reinforcement, stats, supervised
+from bench.figures.graph import Job, Suite
+from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
+from bench.figures.world import FULL, QUICK, UPSTREAM, Results, World
+from bench.forks import Run
+from cai_fast import config
+
+PROMPTS = [f"p{n}" for n in range(120)]
+
+
+class Pipe:
+    """What `Suite` closes at its end."""
+
+    stdin = None
+
+    def close(self) -> None:
+        return None
+
+
+class Workers:
+    """Stands in for `Forks`: a job's result is its name; jobs named in `broken` fail."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.broken: set[str] = set()
+        self.process = Pipe()
+        self.process.stdin = Pipe()
+
+    def __call__(self) -> "Workers":
+        return self
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def run(self, words: Sequence[str], *, program: str) -> Run:
+        order = json.loads(words[0])
+        name = Path(order["run"]).name
+        self.done.append(name)
+        Path(order["run"]).mkdir(parents=True, exist_ok=True)
+        if name in self.broken:
+            return Run(2, "error: a bad thing", 0.0)
+        out = Path(order["out"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"identity": order["identity"], "seconds": 1.0, "measured": {"words": order["words"]}}
+        out.write_text(json.dumps(result))
+        return Run(0, "", 0.0)
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    made = Workers()
+    monkeypatch.setattr(graph, "Forks", made)
+    return made
+
+
+def tree(setting: str = "1") -> tuple[Job, Job, Job]:
+    main = Job("s/main", ("--a", "1"))
+    return main, Job("s/left", ("--b", setting), (main,), "rl"), Job("s/right", ("--model", "@s/main/model"), (main,))
+
+
+def test_shared_work_is_done_once_and_before_what_needs_it(workers: Workers, tmp_path: Path) -> None:
+    main, left, right = tree()
+    assert Suite(tmp_path).run([left, right, left, main], 2) == {}
+    assert workers.done[0] == "main" and sorted(workers.done) == ["left", "main", "right"]
+    assert Suite(tmp_path).result(right)["measured"]["words"] == ["--model", str(tmp_path / "runs/s/main/model")]
+
+
+def test_a_second_suite_only_reads(workers: Workers, tmp_path: Path) -> None:
+    Suite(tmp_path).run(tree(), 1)
+    workers.done.clear()
+    assert Suite(tmp_path).run(tree(), 1) == {} and workers.done == []
+
+
+def test_what_is_unfinished_is_continued_and_what_has_changed_begins_anew(workers: Workers, tmp_path: Path) -> None:
+    suite, (main, left, right) = Suite(tmp_path), tree()
+    suite.run([main, left, right], 1)
+    (tmp_path / "runs/s/left/half").touch()
+    (tmp_path / "done/s/left.json").unlink()
+    workers.done.clear()
+    suite.run([main, left, right], 1)
+    assert workers.done == ["left"] and (tmp_path / "runs/s/left/half").exists()
+    workers.done.clear()
+    suite.run(tree("2"), 1)
+    assert workers.done == ["left"] and not (tmp_path / "runs/s/left/half").exists()
+
+
+def test_a_change_upstream_redoes_what_was_made_of_it(workers: Workers, tmp_path: Path) -> None:
+    main, left, _ = tree()
+    Suite(tmp_path).run([left], 1)
+    workers.done.clear()
+    other = Job("s/main", ("--a", "2"))
+    Suite(tmp_path).run([Job(left.name, left.words, (other,), left.fork)], 1)
+    assert workers.done == ["main", "left"]
+
+
+@pytest.mark.slow
+def test_a_suite_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    def suite(folder: Path, seconds: float | None = None) -> bool:
+        words = ["--tiny", "--seeds", "1", "--only", "elo", "--folder", str(folder), "--out", str(folder / "out")]
+        process = subprocess.Popen([sys.executable, "-m", "bench.figures", *words], cwd=page.HERE.parents[1],
+                                   env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")})  # fmt: skip
+        try:
+            assert process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return False
+        return True
+
+    assert suite(tmp_path / "whole")
+    for seconds in range(8, 80, 4):
+        if suite(tmp_path / "parts", seconds):
+            break
+    names = [path.name for path in (tmp_path / "whole/done/seed_0").iterdir()]
+    assert sorted(names) == ["main.json", "rl.json"]
+    for name in names:
+        whole, parts = (json.loads((tmp_path / part / "done/seed_0" / name).read_text()) for part in ("whole", "parts"))
+        assert whole["measured"] == parts["measured"]
+
+
+def test_a_failed_job_stops_only_what_needs_it(workers: Workers, tmp_path: Path) -> None:
+    main, left, right = tree()
+    below = Job("s/below", ("--c", "1"), (left,))
+    workers.broken = {"left"}
+    failed = Suite(tmp_path).run([main, below, right], 2)
+    assert failed["s/left"].startswith("exit code 2: error: a bad thing") and failed["s/below"] == "needs s/left"
+    assert set(failed) == {"s/left", "s/below"} and Suite(tmp_path).result(right)
+
+
+def test_two_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two different jobs are called s/main"):
+        graph.closure([Job("s/main", ("--a", "1")), Job("s/main", ("--a", "2"))])
+
+
+def test_the_longest_chain_of_jobs_goes_first() -> None:
+    main = Job("main", cost=5)
+    far = Job("far", needs=(main,), cost=7)
+    assert graph.weights(graph.closure([main, far, Job("alone", cost=10)]).values()) == {
+        "main": 12, "far": 7, "alone": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [QUICK, FULL])
+def test_the_jobs_of_all_figures_fit_together_and_have_valid_settings(sizes: Any) -> None:
+    world = World(0, sizes)
+    found = graph.closure([job for f in command.EVERY.values() for job in f.jobs(world)])
+    assert list(found)[0] == "seed_0/main" and sum(UPSTREAM in job.words for job in found.values()) == 1
+    for job in found.values():
+        if job.words and job.words[1] in config.preset_names():
+            config.load(job.words)
+        assert not job.fork or job.needs[0].name == "seed_0/main"
+
+
+def test_a_figure_without_truth_says_so() -> None:
+    world = World(0, QUICK, "toy", False)
+    for f in command.EVERY.values():
+        for job in graph.closure(f.jobs(world)).values():
+            assert not job.words or "base" not in job.words[5].split(",")
+            assert "make_judge" not in str(job)
+
+
+def planted(levels: Sequence[float], noise: float, seed: int, rows: int = 120) -> dict[str, dict[str, list]]:
+    """Chains whose score and helpfulness at revision k have mean levels[k], and whose harm falls by as much."""
+    draw = np.random.default_rng(seed)
+    result = {}
+    for k, level in enumerate(levels):
+        score = level + noise * draw.standard_normal(rows)
+        result[str(k)] = {"prompt": PROMPTS[:rows], "pm_eval": score.tolist(), "harm": (5 - score).tolist(),
+                          "helpful": (0.5 + 0 * score).tolist(), "text": [f"a b c {seed}"] * rows}  # fmt: skip
+    return result
+
+
+class Planted(Results):
+    """Results that are made up: the tables of chains of every job, by its name."""
+
+    def __init__(self, seed: int, tables: dict[str, dict[str, dict[str, list]]]) -> None:
+        self.world, self.tables = World(seed, QUICK), tables
+
+    def chains(self, job: Job) -> dict[str, dict[str, list]]:
+        return self.tables.get(job.name.split("/")[1], self.tables[""])
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    return [claim["verdict"] for claim in found["claims"]]
+
+
+def test_revisions_that_help_are_found_and_those_that_do_not_are_not() -> None:
+    rising = [Planted(s, {"": planted([0, 1, 1.4, 1.6, 1.7], 0.5, s)}) for s in range(3)]
+    assert verdicts(supervised.revisions(rising)) == [REPRODUCED, REPRODUCED, REPRODUCED, NOT_REPRODUCED]
+    noise = [Planted(s, {"": planted([0, 0, 0, 0, 0], 1.0, s)}) for s in range(3)]
+    assert verdicts(supervised.revisions(noise)) == [NOT_REPRODUCED] * 4
+    falling = [Planted(s, {"": planted([0, -1, -2, -3, -4], 0.5, s)}) for s in range(3)]
+    assert set(verdicts(supervised.revisions(falling))) == {NOT_REPRODUCED}
+
+
+def test_one_seed_that_disagrees_spoils_a_trend() -> None:
+    results = [Planted(s, {"": planted([0, 1, 2, 3, 4] if s else [0, -0.1, -0.2, -0.3, -0.4], 0.1, s)})
+               for s in range(3)]  # fmt: skip
+    assert verdicts(supervised.revisions(results))[:2] == [NOT_REPRODUCED] * 2
+
+
+def test_a_positive_number_needs_every_seed() -> None:
+    def verdict(*means: float) -> str:
+        return stats.positive({"lo": 0.1, "seeds": [{"mean": mean} for mean in means]})
+
+    assert verdict(1, 2, 3) == REPRODUCED and verdict(1, 2, 3, 4, -0.1) == NOT_REPRODUCED
+
+
+def test_no_difference_is_told_from_a_difference_and_from_too_few_prompts() -> None:
+    def result(one: float, noise: float) -> str:
+        tables = {"": planted([0, 1, 2, 3, 4], noise, 0), "principles_general_1": planted([0, 1, 2, 3, one], noise, 1)}
+        return verdicts(supervised.principles([Planted(s, tables) for s in range(3)]))[0]
+
+    assert result(4, 0.1) == REPRODUCED and result(2, 0.1) == NOT_REPRODUCED and result(4, 5.0) == NOT_TESTABLE
+
+
+def test_critiques_that_help_small_models_only_are_found() -> None:
+    def results(small: float, large: float) -> list[Planted]:
+        return [Planted(s, {
+            "": planted([0, 1, 2, 3, 4], 0.3, s), "base_small": planted([0, 1, 2, 3, 4 + small], 0.3, s + 9),
+            "base_large": planted([0, 1, 2, 3, 4 + large], 0.3, s + 19),
+        }) for s in range(3)]  # fmt: skip
+
+    assert verdicts(supervised.critique(results(1, 0.1))) == [REPRODUCED, REPRODUCED, REPRODUCED]
+    assert verdicts(supervised.critique(results(1, 1)))[:2] == [REPRODUCED, NOT_REPRODUCED]
+    assert verdicts(supervised.critique(results(0, -1))) == [NOT_REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED]
+
+
+def test_the_mean_of_seeds_and_its_interval() -> None:
+    found = stats.means([[1.0, 1.0], [3.0, 3.0]])
+    assert found["mean"] == 2.0 and (found["lo"], found["hi"]) == (1.0, 3.0)  # all its width is that between seeds
+    assert [seed["mean"] for seed in found["seeds"]] == [1.0, 3.0] and found["seeds"][0]["n"] == 2
+    within = stats.means([np.random.default_rng(0).standard_normal(400)])
+    assert 0.16 < within["hi"] - within["lo"] < 0.24  # 2 x 1.96 / 20
+    with pytest.raises(stats.Nothing):
+        stats.means([[1.0], []])
+
+
+def test_noise_is_rarely_taken_for_a_trend() -> None:
+    draw = np.random.default_rng(5)
+    found = [stats.positive(stats.means(draw.standard_normal((3, 50)))) for _ in range(100)]
+    assert found.count(REPRODUCED) <= 10  # three signs alike are 1 in 8
+
+
+def test_differences_are_taken_on_the_prompts_that_both_have() -> None:
+    first, second = {"prompt": ["a", "b", "c"], "x": [1, 2, 3]}, {"prompt": ["c", "b"], "x": [1, 5]}
+    assert stats.paired(first, second, "x") == [-3, 2]
+
+
+def test_labels_are_measured_by_hand() -> None:
+    # Pairs by [principle][order]: the first is better in both; the judge is right, and once only in one order.
+    columns = {"harm": [-1, -2], "direct": [[[0.9, 0.7]], [[0.6, 0.2]]],
+               "cot1": [[[1.0, 1.0], [0.4, 0.2]], [[0.9, 0.9], [0.9, 0.9]]],
+               "cot": [[[1.0, 0.9]], [[0.6, 0.6]]]}  # fmt: skip
+    probs, truth = feedback.table(columns)
+    assert truth.tolist() == [1, 1] and np.allclose(probs["both orders"], [0.8, 0.4])
+    assert probs["hard"].tolist() == [1, 0] and probs["CoT in 40-60 %"].tolist() == [0.6, 0.6]
+    assert np.allclose(probs["CoT, 4 principles"], [0.65, 0.9])
+    assert feedback.accuracy(probs["one order"], truth) == 1 and feedback.accuracy(probs["both orders"], truth) == 0.5
+    assert feedback.brier(probs["both orders"], truth) == pytest.approx((0.04 + 0.36) / 2)
+    assert feedback.confidence(probs["both orders"], truth) == pytest.approx((0.8 + 0.6) / 2)
+
+
+def test_a_calibrated_label_has_no_calibration_error_and_a_sure_one_has() -> None:
+    draw = np.random.default_rng(0)
+    p = draw.uniform(0, 1, 4000)
+    truth = (draw.uniform(0, 1, 4000) < p).astype(float)
+    assert feedback.ece(p, truth) < 0.03 and feedback.ece((p > 0.5).astype(float), truth) > 0.2
+
+
+def policy(harm: float, helpful: float, seed: int) -> dict[str, list]:
+    draw = np.random.default_rng(seed)
+    return {"prompt": PROMPTS, "harm": draw.poisson(harm, 120).tolist(), "evasive": [0.0] * 120,
+            "helpful": np.clip(helpful + 0.05 * draw.standard_normal(120), 0, 1).tolist(),
+            "pm_eval": (-draw.poisson(harm, 120)).tolist()}  # fmt: skip
+
+
+def test_elo_orders_policies_by_what_they_did() -> None:
+    players = [{"base": policy(2.0, 0.9, s), "SL-CAI": policy(0.8, 0.9, s + 5), "40": policy(0.05, 0.9, s + 9)}
+               for s in range(3)]  # fmt: skip
+    every = [ratings.games(p, "less harm") for p in players]
+    elo = ratings.ratings(every, ["base", "SL-CAI", "40"])
+    assert stats.positive(elo("SL-CAI", "base")) == stats.positive(elo("40")) == REPRODUCED
+    assert stats.positive(elo("base")) == NOT_REPRODUCED and elo("SL-CAI")["mean"] == 0
+    assert np.allclose(every[0] + every[0].transpose(0, 2, 1), 1 - np.eye(3))
+
+
+def test_an_algorithm_must_lower_harm_and_keep_helpfulness() -> None:
+    start, base = ([policy(1.0, 0.9, s + shift) for s in range(3)] for shift in (0, 50))
+    good, idle = ([policy(harm, 0.9, s + 20) for s in range(3)] for harm in (0.2, 1.0))
+    dull = [policy(0.2, 0.5, s + 30) for s in range(3)]
+    found = [reinforcement.works("x", harm, start, helps, base)["verdict"]
+             for harm, helps in ((good, good), (idle, good), (good, dull))]  # fmt: skip
+    assert found == [REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED]
+
+
+def test_reward_in_the_square_root_of_kl() -> None:
+    x, y = reinforcement.curve({"rl/kl_exact": [0.0, 1.0, 4.0, None], "rl/score": [1.0, 2.0, 3.0, 4.0]})
+    assert x == [0, 1, 2] and reinforcement.explained(x, y) == pytest.approx(1.0)
+
+
+def test_every_figure_has_its_words_and_a_place_on_the_page() -> None:
+    assert set(page.ORDER) == set(command.EVERY) == set(page.texts())
+    assert all(set(words) == {"title", "paper", "ours", "note"} for words in page.texts().values())
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    results = page.load()
+    assert page.PAGE.read_text() == page.page(results)
+    assert all((page.RESULTS / f"{result['figure']}.svg").is_file() for result in results)
+
+
+def test_a_figure_is_written_with_its_environment_and_drawn_alike_twice(tmp_path: Path) -> None:
+    results = [Planted(s, {"": planted([0, 1, 1.4, 1.6, 1.7], 0.5, s)}) for s in range(3)]
+    made = [command.make(command.EVERY["revisions"], results, "the command", tmp_path / n) for n in ("a", "b")]
+    written = json.loads((tmp_path / "a" / "revisions.json").read_text())
+    assert written["seeds"] == [0, 1, 2] and written["command"] == "the command" and "commit" in written["environment"]
+    assert (tmp_path / "a/revisions.svg").read_bytes() == (tmp_path / "b/revisions.svg").read_bytes()
+    text = page.page(made[:1])
+    assert "| The preference score rises with every revision (Fig. 5) | **reproduced** |" in text
+    assert figure.NAMES["harm"] in (tmp_path / "a/revisions.svg").read_text()
