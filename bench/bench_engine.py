@@ -51,16 +51,16 @@ def prompts_of(lengths: list[int], vocab: int, seed: int = 0) -> list[list[int]]
 
 
 class ForcedStop:
-    """A logits processor after which row i ends with token 1 at its lengths[i]-th token and not before."""
+    """A logits processor after which row i ends with token `end` at its lengths[i]-th token and not before."""
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.lengths, self.step = torch.tensor(lengths, device=device), 0
+    def __init__(self, lengths: list[int], device: torch.device, end: int = 1) -> None:
+        self.lengths, self.step, self.end = torch.tensor(lengths, device=device), 0, end
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.step += 1
         ends = self.lengths == self.step
         scores = scores.masked_fill(ends[:, None], -torch.inf)
-        scores[:, 1] = torch.where(ends, 0.0, -torch.inf)
+        scores[:, self.end] = torch.where(ends, 0.0, -torch.inf)
         return scores
 
 

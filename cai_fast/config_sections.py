@@ -291,7 +291,7 @@ class ReportConfig(Section):
     """Stage report: report.html."""
 
     section: ClassVar[str] = "report"
-    samples: int = opt(50, "chains and comparisons shown", lo=0, hi=10000)
+    samples: int = opt(50, "chains, comparisons and answers to browse, of each", lo=0, hi=10000)
 
 
 SECTIONS: dict[str, type[Section]] = {

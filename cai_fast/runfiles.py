@@ -10,7 +10,7 @@ from cai_fast.config import Config
 from cai_fast.constitution import Constitution
 from cai_fast.errors import InputError
 from cai_fast.hashing import MODEL_FILES, hash_json
-from cai_fast.inputs import kind, read_json
+from cai_fast.inputs import kind, parse_toml, read_bytes, read_json
 from cai_fast.records import Record
 from cai_fast.rundir import CONSTITUTIONS, SNAPSHOT, check_manifest
 
@@ -30,8 +30,14 @@ class RunFiles:
 
     @cached_property
     def config(self) -> Config:
-        """The settings of the newest start."""
-        return config.build(config.read_file(str(self.root / "config.toml")))
+        """The settings of the newest start, as far as this version has them."""
+        path = self.root / "config.toml"
+        tree = parse_toml(read_bytes(path), path)
+        known: dict[str, Any] = {name: tree[name] for name in config.TOP_LEVEL if name in tree}
+        for name in set(config.SECTIONS) & set(tree):
+            keys = config.SECTIONS[name]().values()
+            known[name] = {key: value for key, value in dict(tree[name]).items() if key in keys}
+        return config.build(known)
 
     def finished(self, stage: str) -> dict[str, Any]:
         """The manifest's record of a finished stage; InputError for any other."""

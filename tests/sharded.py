@@ -18,6 +18,7 @@ from cai_fast.batching import Example, pack, pack_targets
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.config_sections import RlConfig
 from cai_fast.distributed import Distributed
+from cai_fast.dpo import STATS
 from cai_fast.fit import FitSettings, Task
 from cai_fast.model import Model, ModelConfig, ScalarHead, init_random, load, lora
 from cai_fast.model.recompute import KINDS
@@ -32,6 +33,11 @@ SETTINGS = FitSettings(
 RL = RlConfig(
     steps=10, prompts_per_step=8, epochs=2, minibatches=2, lr=1e-3, critic_lr=1e-3, kl_coef=0.1, micro_tokens=40,
 )  # fmt: skip
+RLOO = RlConfig(
+    algorithm="rloo", samples_per_prompt=3, kl_estimator="exact", steps=10, prompts_per_step=8, epochs=2, minibatches=2,
+    lr=1e-3, kl_coef=0.1, micro_tokens=40,
+)  # fmt: skip
+GROUPS = [0] * 5 + [1] * 6 + [2] * 6 + [3] * 4 + [4] * 3  # of the examples; the third ends where a rank's share does
 V = 61  # a vocabulary that two ranks cannot share evenly
 
 
@@ -121,18 +127,21 @@ def _fit(model: Model, task: Task, folder: Path, dist: Distributed, state: str =
     fit.fit(model, task, SETTINGS, stage=task.name, state_dir=state_dir, log=log, dist=dist)
 
 
-def ppo(folder: Path, dist: Distributed, critic: str = "own") -> dict[str, Model]:
-    """Two iterations of PPO; with several ranks, of unequal shares."""
+def ppo(folder: Path, dist: Distributed, critic: str = "own", rl: RlConfig = RL) -> dict[str, Model]:
+    """Two iterations of PPO, or of RLOO, without a critic; with several ranks, of unequal shares."""
     policy = trained(folder / "lm", dist, "lm")
     reference = trained(folder / "lm", dist, "lm").requires_grad_(False)
     value = ScalarHead(32) if critic == "detached" else trained(folder / "pm", dist, "score")
-    trainer = PolicyGradient(policy, reference, Critic(value), RL, seed=0, dist=dist)
+    network = Critic(value) if rl.network else None
+    trainer = PolicyGradient(policy, reference, network, rl, seed=0, dist=dist)
     bounds = [0, 24] if dist.world == 1 else [0, 17, 24]
     mine = slice(bounds[dist.rank], bounds[dist.rank + 1])
     values = {}
     for step in range(2):
         rollouts = trainer.measure(EXAMPLES[mine], step, mine.start, len(EXAMPLES))
-        values |= {f"advantages.{k}": v for k, v in trainer.set_advantages(rollouts, SCORES[mine]).items()}
+        values |= {
+            f"advantages.{k}": v for k, v in trainer.set_advantages(rollouts, SCORES[mine], GROUPS[mine]).items()
+        }
         values |= {f"{step}.{k}": v for k, v in trainer.update(rollouts, 1.0).items()}
         values |= {f"{step}.kl": float(dist.all_reduce(rollouts.kl.sum()))}
     if dist.is_main:
@@ -143,6 +152,27 @@ def ppo(folder: Path, dist: Distributed, critic: str = "own") -> dict[str, Model
 def ppo_detached(folder: Path, dist: Distributed) -> dict[str, Model]:
     """PPO with a value head on the policy's hidden states."""
     return ppo(folder, dist, "detached")
+
+
+def rloo(folder: Path, dist: Distributed) -> dict[str, Model]:
+    """RLOO with the exact divergence in the loss, for which the reference passes beside the policy."""
+    return ppo(folder, dist, "rloo", RLOO)
+
+
+def dpo(folder: Path, dist: Distributed) -> dict[str, Model]:
+    """Several steps of DPO."""
+    model = trained(folder / "lm", dist, "lm")
+    pairs = [(EXAMPLES[i], EXAMPLES[(i + 5) % 24]) for i in range(24)]
+
+    def loss(items: list[int], scale: float) -> tuple[Tensor, losses.Stats]:
+        batch = pack_targets([e for i in items for e in pairs[i]])
+        before = torch.tensor([[-2.0 - i % 3, -3.0] for i in items])
+        prob_a = torch.tensor([(i % 5) / 4 for i in items])
+        return losses.dpo_loss(model, batch, before, prob_a, torch.ones(len(items)), 0.3, scale)
+
+    task = Task("rl", [a.tokens + b.tokens for a, b in pairs], [1.0] * 24, loss, [6.0] * 24, STATS)
+    _fit(model, task, folder, dist)
+    return {"model": model}
 
 
 def half(folder: Path, dist: Distributed) -> dict[str, Model]:

@@ -73,11 +73,25 @@ def test_rows_are_joined_by_content_and_never_by_position(tmp_path: Path) -> Non
 
 def test_comparisons_with_other_answers_are_set_apart(tmp_path: Path) -> None:
     a = write(tmp_path / "a")
-    b = write(tmp_path / "b", comparisons=[comparison(n, **({"response_a": "new"} if n < 3 else {})) for n in range(4)])
+    b = write(
+        tmp_path / "b",
+        comparisons=[
+            comparison(n, **other)
+            for n, other in enumerate(({"response_a": "new"}, {"response_b": "new"}, {"prompt_id": "p3"}, {}))
+        ],
+    )
     found = compared(a, b)["labels"]
     assert found["same_comparisons"] == 1 and found["only"] == {"a": 3, "b": 3}
     assert found["spread"]["a"]["n"] == 3 and found["spread"]["a"]["median"] == pytest.approx(0.4)
     assert "3 comparisons of A and 3 of B have other texts" in as_text(sections(compared(a, b)))
+
+
+def test_a_principle_s_change_is_measured_where_both_runs_drew_it() -> None:
+    a = [(comparison(n), label(n, "kind", 0.9)) for n in range(3)]
+    b = [(comparison(n), label(n, name, 0.1)) for n, name in enumerate(("kind", "kind", "true"))]
+    kind, true = labels({f"p{n}": write_prompt() for n in range(3)}, a, b)["principles"]
+    assert (kind["asked_a"], kind["asked_b"], kind["prob_a"]["n"]) == (3, 2, 2)
+    assert (true["asked_a"], true["asked_b"], true["prob_a"]["n"], true["changed"]) == (0, 1, 0, 0)
 
 
 def test_a_comparison_that_occurs_twice_is_paired_once_each() -> None:
@@ -187,7 +201,7 @@ def test_text_page_and_json_of_a_comparison(tmp_path: Path, capsys: pytest.Captu
     assert max(map(len, text.split("Written:")[0].splitlines())) <= WIDTH
     row = next(line for line in text.splitlines() if line.startswith("rl_cai") and "harm" in line)
     assert row.split() == ["rl_cai", "harm", "1.000", "0.000", "-1.000", "-1.000", "to", "-1.000", "*", "4"]
-    assert "alert" not in text and "&lt;script&gt;" in page and "<script>" not in page and "http" not in page
+    assert "alert" not in text and "&lt;script&gt;alert" in page and "<script>alert" not in page
     assert main([str(a), str(b), "--output", str(tmp_path / "c.json")]) == 0
     assert json.loads((tmp_path / "c.json").read_text()) == json.loads(json.dumps(compared(a, b)))
     assert main([str(a), str(b), "--output", str(tmp_path / "c.txt")]) == 2

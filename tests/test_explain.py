@@ -87,6 +87,12 @@ def test_an_id_may_be_shortened_but_must_be_one(run: Path, capsys: pytest.Captur
     assert main([str(run.parent), "l0"]) == 2
 
 
+def test_a_run_of_another_version_can_be_read(run: Path) -> None:
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text("later = 1\n" + text.replace("[rl]", "[rl]\nnot_yet_known = 3"))
+    assert RunFiles(run).config.seed == 0 and explained(run, "l0")["id"] == "l0"
+
+
 def test_json_is_the_whole_tree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "l0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(explained(run, "l0")))
@@ -94,12 +100,13 @@ def test_json_is_the_whole_tree(run: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_policy_of_a_rollout_is_the_checkpoint_of_its_iteration(run: Path) -> None:
-    folder = run / "checkpoints" / "rl_cai_step_00002"
-    folder.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "README.md"):
-        (folder / name).write_text(name)
+    folder, last = (run / "checkpoints" / name for name in ("rl_cai_step_00002", "rl_cai"))
+    files = [place / name for place in (folder, last) for name in ("config.json", "model.safetensors", "README.md")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(path))
     manifest = json.loads((run / "manifest.json").read_text())
-    outputs = {f"checkpoints/{folder.name}/{path.name}": facts_of(path) for path in folder.iterdir()}
+    outputs = {path.relative_to(run).as_posix(): facts_of(path) for path in files}
     manifest["stages"]["rl"] = {"status": "finished", "starts": 1, "settings": {}, "inputs": {}, "outputs": outputs,
                                 "summary": {"iterations": 4}}  # fmt: skip
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -109,7 +116,8 @@ def test_the_policy_of_a_rollout_is_the_checkpoint_of_its_iteration(run: Path) -
     assert [p.get("role", p.get("missing")) for p in policies] == [
         "sl_cai", "its weights were not exported", folder.name, "its weights were not exported", "rl_cai"
     ]  # fmt: skip
-    assert policies[2]["hash"] == hash_model(folder) and policies[2]["state"] == "holds this model"
+    assert [policies[n]["hash"] for n in (2, 4)] == [hash_model(folder), hash_model(last)]
+    assert policies[2]["state"] == policies[4]["state"] == "holds this model"
     (folder / "model.safetensors").write_text("other")
     assert explained(run, "o2")["policy"]["state"].startswith("holds another model")
     assert explained(run, "o4")["preference_model"]["state"] == "no model there"

@@ -11,7 +11,7 @@ from tiny import relative_difference
 from cai_fast.model import load
 
 pytestmark = pytest.mark.distributed
-STEPS = ["sft", "pm", "ppo", "ppo_detached", "adapters"]
+STEPS = ["sft", "pm", "ppo", "ppo_detached", "rloo", "dpo", "adapters"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -52,7 +52,7 @@ def test_training_continues_on_another_number_of_ranks(results: tuple[Path, bool
     assert relative_difference(done, whole) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["sft", "pm"])
+@pytest.mark.parametrize("name", ["sft", "pm", "rl"])
 def test_metrics_equal_those_of_one_process(results: tuple[Path, bool], name: str) -> None:
     one, two = (lines(results[0], name, world) for world in (1, 2))
     assert len(one) > 3
@@ -60,7 +60,7 @@ def test_metrics_equal_those_of_one_process(results: tuple[Path, bool], name: st
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("critic", ["own", "detached"])
+@pytest.mark.parametrize("critic", ["own", "detached", "rloo"])
 def test_ppo_statistics_equal_those_of_one_process(results: tuple[Path, bool], critic: str) -> None:
     one, two = (json.loads((results[0] / f"ppo.{critic}.{world}.json").read_text()) for world in (1, 2))
     assert one == pytest.approx(two, rel=1e-4, abs=1e-5)

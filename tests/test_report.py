@@ -4,7 +4,10 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import reportworld
 
 from cai_fast import report
 from cai_fast.report import curves, facts, rows
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,12 @@ def data_of(page: str) -> dict[str, Any]:
 
 def test_the_same_run_gives_the_same_bytes(folder: Path, page: str) -> None:
     assert report.build(folder, 20) == page and page.startswith("<!doctype html>")
+    code = (
+        f"from cai_fast import report; from pathlib import Path; print(report.build(Path({str(folder)!r}), 20), end='')"
+    )
+    other = [sys.executable, "-X", "utf8", "-c", code]
+    done = subprocess.run(other, capture_output=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"}, check=True)
+    assert done.stdout.decode() == page  # sets have another order there
 
 
 def test_the_policy_allows_its_own_style_and_script_and_nothing_else(page: str) -> None:
@@ -230,6 +241,9 @@ def test_a_missing_file_leaves_the_rest(folder: Path, tmp_path: Path, missing: s
         if path.stem != missing:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     page = report.build(tmp_path, 20)
+    rows_left = {name: len(data_of(page)[name]["rows"]) for name in ("chains", "comparisons", "answers")}
+    lost = {"revisions": "chains", "comparisons": "comparisons", "answers": "answers"}.get(missing, "")
+    assert all((count > 4) == (name != lost) for name, count in rows_left.items())
     assert page.count('class="browser"') == 3 and data_of(page)["chains"].keys() == {"rows", "total"}
     assert (missing == "evaluation") == ("No evaluation yet" in page) and (missing == "metrics") == (
         "No metrics" in page

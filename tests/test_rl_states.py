@@ -1,4 +1,4 @@
-"""What stage rl leaves along its way: snapshots of the policy."""
+"""What stage rl leaves along its way: snapshots of the policy, and the state that it exports after a guard's trip."""
 
 import contextlib
 import shutil
@@ -12,12 +12,14 @@ from support import byte_tokenizer
 from test_training_stages import Killed, do, open_run, rows_of, same, weights
 from tiny import CONFIG, alone
 
-from cai_fast import config, measure, model, pipeline, records, roles
+from cai_fast import config, distributed, measure, model, pipeline, records, roles
 from cai_fast.checkpoint import Checkpoints
+from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
 from cai_fast.planner import Planner
 from cai_fast.policy_gradient import PolicyGradient
+from cai_fast.rl_states import RlStates
 from cai_fast.rundir import RunDir
 from cai_fast.stages import pm, rl, sft
 from cai_fast.tokenizer import Tokenizer
@@ -179,3 +181,151 @@ def test_adapters_are_merged_in_a_snapshot(base: Path, tmp_path: Path) -> None:
         assert not same(weights(ctx, "rl_cai"), weights(ctx, "sl_cai"))
         assert (ctx.checkpoint("rl_cai_step_00001") / "adapter" / "trunk.json").is_file()
     assert len(records.read_jsonl(ctx.run.path("rollouts.jsonl"), records.Rollout)) == 16
+
+
+# Guards: what is exported after a trip
+
+PM_EVAL = (0.0, 1.0, 3.0, 2.0, -9.0)  # by iteration; the last trips the guard of divergence
+WATCHED = {"guards__divergence": "rollback", "guards__max_divergence": 5.0, "rl__snapshot_every": 1} | dict.fromkeys(
+    ("guards__length", "guards__boilerplate", "guards__kl_jump", "guards__entropy"), "off"
+)
+
+
+def planted(patch: pytest.MonkeyPatch, pm_eval: tuple[float, ...] = PM_EVAL, length: float = 0.0) -> None:
+    """Answers whose scores are given; those of iteration 2 are so many tokens long, if any."""
+    real = rl.Loop.signs
+
+    def signs(loop: rl.Loop, answers: Any, step: int) -> dict[str, float]:
+        found = real(loop, answers, step)
+        given = {"rl/score": 0.0, "rl/score_deviation": 1.0, "rl/pm_eval_deviation": 1.0}
+        given |= {"rl/pm_eval": pm_eval[step]} if "rl/pm_eval" in found else {}
+        return found | given | ({"rl/length": length} if length and step == 2 else {})
+
+    patch.setattr(rl.Loop, "signs", signs)
+
+
+@pytest.mark.parametrize(("changes", "pm_eval", "length", "step", "why"), [
+    ({}, PM_EVAL, 0.0, 2, "best by mean pm_eval score, 3, "),
+    ({"guards__divergence": "stop"}, PM_EVAL, 0.0, 3, "newest"),
+    ({"guards__length": "warn"}, PM_EVAL, 999.0, 3, "best by mean pm_eval score, 2, "),  # iteration 2 has tripped one
+    ({}, (0.0, -1.0, -1.0, -1.0, -9.0), 0.0, 0, "best by mean pm_eval score, 0, "),  # SL-CAI itself
+    ({"rl__save_every": 2}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "best by mean pm_eval score, 0.5, "),
+    ({"checkpoint__keep": 3}, PM_EVAL, 0.0, 2, "best by mean pm_eval score, 3, "),
+])  # fmt: skip
+def test_a_rollback_exports_the_best_state_bit_for_bit(
+    changes: dict[str, Any], pm_eval: tuple[float, ...], length: float, step: int, why: str,
+    before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    planted(monkeypatch, pm_eval, length)
+    with opened(before, tmp_path / "run", base, **WATCHED | changes) as ctx:
+        do(ctx, rl)
+    summary = ctx.run.record("rl")["summary"]
+    found = [summary[f"guard_{name}"] for name in ("name", "step", "action")]
+    assert found == ["divergence", 4, changes.get("guards__divergence", "rollback")]
+    assert summary["iterations"] == step and why in summary["exported"]
+    assert "iteration 4: the preference model's score has gained 9 deviations more" in summary["guard"]
+    assert summary["guards"]["divergence"]["tripped"] == 4 and summary["guards"]["kl"]["tripped"] is None
+    name = f"rl_cai_step_{step:05}" if step else "sl_cai"
+    assert same(weights(ctx, "rl_cai"), weights(ctx, name))
+    assert not same(weights(ctx, "rl_cai"), weights(ctx, "rl_cai_step_00001"))
+    said = capsys.readouterr().err
+    assert f"stopped by guard divergence at iteration 4: {summary['guard'].partition(': ')[2]}" in said
+    assert f"exporting the policy after {step} iterations: {summary['exported']}" in said
+    assert said.count("warning: rl: guard length at iteration 2") == bool(length)
+    assert [row["rl/guard"] for row in rows_of(ctx, "rl")] == [0, 0, 0, 0, 1]
+    assert not list(ctx.run.path("journal").iterdir())
+
+
+def test_without_pm_eval_the_best_is_that_of_the_highest_reward(
+    before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = WATCHED | {"guards__pm_eval_every": 0, "guards__max_refusal_rate": 0.0}
+    real = rl.Loop.statistics
+
+    def statistics(loop: rl.Loop, *rest: Any) -> dict[str, float]:
+        step = len(loop.guards.memory["kl"])
+        return real(loop, *rest) | {"rl/reward": PM_EVAL[step], "rl/refusal_rate_helpful": 0.1 * (step == 4)}
+
+    monkeypatch.setattr(rl.Loop, "statistics", statistics)
+    with opened(before, tmp_path / "run", base, **settings) as ctx:
+        assert "pm_eval" not in rl.inputs(ctx)["models"]
+        do(ctx, rl)
+    summary = ctx.run.record("rl")["summary"]
+    assert (summary["iterations"], summary["guard_name"]) == (2, "refusals")
+    assert "best by mean reward, 3, " in summary["exported"]
+    assert same(weights(ctx, "rl_cai"), weights(ctx, "rl_cai_step_00002"))
+    assert not any("rl/pm_eval" in row or "rl/pm_divergence" in row for row in rows_of(ctx, "rl"))
+
+
+def test_pm_eval_scores_as_often_as_asked_and_wherever_a_state_is_saved(
+    before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for every, scored in ((1, [0, 1, 2, 3, 4]), (2, [0, 2, 3, 4])):  # saved at 3 and at the end
+        settings = {"guards__pm_eval_every": every, "rl__save_every": 3}
+        with opened(before, tmp_path / str(every), base, **settings) as ctx:
+            do(ctx, rl)
+        rows = rows_of(ctx, "rl")
+        assert [row["step"] for row in rows if "rl/pm_eval" in row] == scored
+        assert rows[0]["rl/pm_divergence"] == 0 and "rl/length_slope" in rows[0]
+        for name in ("score", "pm_eval"):
+            assert rows[0][f"rl/{name}_deviation"] > 0
+    answers = records.read_jsonl(ctx.run.path("rollouts.jsonl"), records.Rollout)[:8]
+    prompts = {p.id: p for p in pipeline.load_prompts(ctx)}
+    tokens, renderer = records.read_tokens(ctx.run.path("tokens", "rollouts.safetensors")), ctx.renderer("pm_eval")
+    stops = renderer.stops("response")[0]
+    ids = [[t for t in tokens[a.id][0] if t not in stops] for a in answers]
+    stopped = [len(body) < len(tokens[a.id][0]) for body, a in zip(ids, answers, strict=True)]
+    sequences = [
+        renderer.preference(prompts[a.prompt_id].turns, body + [renderer.tokenizer.eos_id] * end)
+        for a, body, end in zip(answers, ids, stopped, strict=True)
+    ]
+    scores = ctx.scorer(ctx.model("pm_eval")).scores(sequences, range(8))
+    assert rows[0]["rl/pm_eval"] == pytest.approx(float(scores.double().mean()), rel=1e-5)
+    assert rows[0]["rl/pm_eval_deviation"] == pytest.approx(float(scores.double().std(unbiased=False)), rel=1e-5)
+
+
+@pytest.mark.parametrize("moment", ["a stop between saves", "before the best was kept", "after the best was kept"])
+def test_an_interrupted_run_rolls_back_to_what_an_unbroken_one_does(
+    moment: str, before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = WATCHED | {"rl__save_every": 2 if moment == "a stop between saves" else 1}
+    planted(monkeypatch, PM_EVAL if changes["rl__save_every"] == 1 else (0.0, 5.0, 3.0, 9.0, -9.0))
+    folder = tmp_path / "run"
+    with opened(before, folder, base, **changes) as ctx, pytest.MonkeyPatch.context() as patch:
+        if moment == "a stop between saves":
+            real_save = RlStates.judged
+
+            def judged(states: RlStates, step: int, *rest: Any) -> None:
+                patch.setattr(distributed, "stop_requested", lambda: step == 3)
+                real_save(states, step, *rest)
+
+            patch.setattr(RlStates, "judged", judged)
+            expected: Any = Stopped
+        else:
+            name = "copy_newest" if moment == "before the best was kept" else "save"
+            real, calls = getattr(Checkpoints, name), iter(range(10**6))
+
+            def dying(states: Checkpoints, *args: Any) -> None:
+                if next(calls) == (0 if name == "copy_newest" else 2):  # iteration 3, which replaces that of 2
+                    raise Killed
+                real(states, *args)
+
+            patch.setattr(Checkpoints, name, dying)
+            expected = Killed
+        with pytest.raises(expected):
+            do(ctx, rl)
+    states = {path.name for path in (folder / "journal").glob("rl*.state")}
+    assert ("rl_stopped.state" in states) == (moment == "a stop between saves")
+    with opened(before, folder, base, **changes) as ctx:
+        do(ctx, rl)
+    with opened(before, tmp_path / "whole", base, **changes) as whole:
+        do(whole, rl)
+    summaries = [c.run.record("rl")["summary"] for c in (ctx, whole)]
+    assert summaries[0] == summaries[1] and summaries[0]["iterations"] == 2
+    assert same(weights(ctx, "rl_cai"), weights(whole, "rl_cai"))
+    assert same(weights(ctx, "rl_cai"), weights(ctx, "rl_cai_step_00002"))
+    rows = [
+        [{k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in rows_of(c, "rl")]
+        for c in (ctx, whole)
+    ]
+    assert rows[0] == rows[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cai_fast import config, preflight, sinks
+from cai_fast import config, preflight, sinks, train
 from cai_fast.errors import InputError
 from cai_fast.runlog import RunLog
 
@@ -190,3 +190,11 @@ def test_a_refusal_of_wandb_is_one_message(tmp_path: Path, wandb: FakeWandb) -> 
     wandb.refusal = "no API key"
     with pytest.raises(InputError, match="log.wandb = a-project: no API key.*WANDB_MODE=offline"):
         opened(tmp_path, *TO_WANDB)
+
+
+def test_a_run_opens_and_closes_its_sinks(tmp_path: Path, wandb: FakeWandb) -> None:
+    words = ["--config", "smoke", "--stages", "report", "--run-dir", str(tmp_path / "run"), *TO_WANDB]
+    for more in ([], [], ["--restart-from", "report"]):
+        assert train.main([*words, *more]) == 0
+    first, second, third = (asked["id"] for asked in wandb.asked)
+    assert first == second != third and wandb.finished == 3

@@ -56,6 +56,24 @@ def test_the_stages_that_train_do_so_with_adapters_too(folder: Path, tmp_path: P
     assert stages["rl"]["summary"]["iterations"] == 3
 
 
+@pytest.mark.parametrize("words", [
+    "rloo --rl.samples_per_prompt 2 --rl.prompts_per_step 8",
+    "grpo --rl.samples_per_prompt 2 --rl.prompts_per_step 8 --rl.kl_estimator exact",
+    pytest.param("dpo --rl.epochs 1 --rl.batch_pairs 200", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_stage_rl_can_be_done_again_by_other_algorithms(words: str, folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder, tmp_path / "run")
+    before = (run / "checkpoints/rl_cai/model.safetensors").read_bytes()
+    given = ["--config", "smoke", "--run-dir", str(run), "--base.cache", "false", "--stages", "rl"]
+    assert train.main([*given, "--restart-from", "rl", "--rl.algorithm", *words.split()]) == 0
+    summary, algorithm = load(run, "manifest.json")["stages"]["rl"]["summary"], words.split()[0]
+    assert summary["algorithm"] == algorithm and (algorithm == "dpo" or summary["iterations"] == 3)
+    assert summary["rollouts"] == len((run / "rollouts.jsonl").read_text().splitlines()) == (algorithm != "dpo") * 64
+    assert (run / "checkpoints/rl_cai/model.safetensors").read_bytes() != before
+    card = (run / "checkpoints/rl_cai/README.md").read_text()
+    assert f"by {algorithm.upper()}" in card and "PPO" not in card
+
+
 def test_no_stage_trains_on_the_held_out_prompts(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     held_out = {row["id"] for row in rows if row["split"] == "eval"}

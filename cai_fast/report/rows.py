@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cai_fast.inputs import parse_json
-from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision
+from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision, Turn
 
 Row = dict[str, Any]
 
@@ -52,8 +52,11 @@ def _turns(prompt: Prompt) -> list[list[str]]:
 
 
 def _prompts(folder: Path, rows: list[Row]) -> dict[str, Prompt]:
-    found = with_ids(folder / "prompts.jsonl", {row["prompt_id"] for row in rows})
-    return {key: Prompt.from_json(row, "prompts.jsonl") for key, row in found.items()}
+    """The rows' prompts; one that is not on file is taken for a red-team prompt, so that its answers stay hidden."""
+    missing = (Turn("human", "(not in prompts.jsonl)"),)
+    unknown = {row["prompt_id"]: Prompt(row["prompt_id"], "red_team", missing, "", "train") for row in rows}
+    found = with_ids(folder / "prompts.jsonl", set(unknown))
+    return unknown | {key: Prompt.from_json(row, "prompts.jsonl") for key, row in found.items()}
 
 
 def chains(folder: Path, count: int) -> dict[str, Any]:
@@ -63,41 +66,40 @@ def chains(folder: Path, count: int) -> dict[str, Any]:
     prompts, rows = _prompts(folder, revised + plain), []
     for row in revised:
         chain = Revision.from_json(row, "revisions.jsonl")
-        if prompt := prompts.get(chain.prompt_id):
-            steps = [[r.principle, r.critique, r.revision] for r in chain.rounds]
-            rows.append({"id": chain.id, "kind": prompt.kind, "turns": _turns(prompt), "response": chain.response,
-                         "rounds": steps, "kept": chain.kept, "reason": chain.reject_reason})  # fmt: skip
+        prompt, steps = prompts[chain.prompt_id], [[r.principle, r.critique, r.revision] for r in chain.rounds]
+        rows.append({"id": chain.id, "kind": prompt.kind, "turns": _turns(prompt), "response": chain.response,
+                     "rounds": steps, "kept": chain.kept, "reason": chain.reject_reason})  # fmt: skip
     for row in plain:
         answer = Helpful.from_json(row, "helpful.jsonl")
-        if prompt := prompts.get(answer.prompt_id):
-            rows.append({"id": answer.id, "kind": prompt.kind, "turns": _turns(prompt), "response": answer.response,
-                         "rounds": [], "kept": True, "reason": None})  # fmt: skip
+        prompt = prompts[answer.prompt_id]
+        rows.append({"id": answer.id, "kind": prompt.kind, "turns": _turns(prompt), "response": answer.response,
+                     "rounds": [], "kept": True, "reason": None})  # fmt: skip
     return {"rows": rows, "total": total + more}
 
 
 def comparisons(folder: Path, count: int) -> dict[str, Any]:
     """Labelled comparisons by source; the judged ones with the probability in either order."""
-    where: dict[str, Hashable] = {}
-    for row in _lines(folder / "labels.jsonl"):
-        sides = {(view["prob_a_ab"] or 0) > 0.5 for view in row["per_principle"] if view["prob_a_ab"] is not None}
-        other = {(view["prob_a_ba"] or 0) > 0.5 for view in row["per_principle"] if view["prob_a_ba"] is not None}
-        where[row["comparison_id"]] = "orders differ" if sides and other and sides != other else "labelled"
-    asked = folder / "comparisons.jsonl"
-    drawn, total = sample(asked, count, lambda row: (row["source"], where.get(row["id"], "")))
+    differ = {row["comparison_id"]: _orders_differ(row) for row in _lines(folder / "labels.jsonl")}
+    drawn, total = sample(folder / "comparisons.jsonl", count, lambda row: (row["source"], differ.get(row["id"])))
     labels = with_ids(folder / "labels.jsonl", {row["id"] for row in drawn}, "comparison_id")
     prompts, rows = _prompts(folder, drawn), []
     for row in drawn:
         pair, found = Comparison.from_json(row, "comparisons.jsonl"), labels.get(row["id"])
         label = Label.from_json(found, "labels.jsonl") if found else None
-        if prompt := prompts.get(pair.prompt_id):
-            views = label.per_principle if label else ()
-            rows.append({
-                "id": pair.id, "kind": prompt.kind, "about": pair.kind, "source": pair.source, "split": pair.split,
-                "turns": _turns(prompt), "a": pair.response_a, "b": pair.response_b,
-                "prob": _short(label.prob_a) if label else None, "clamp": label.clamp if label else None,
-                "views": [[v.principle, _short(v.prob_a_ab), _short(v.prob_a_ba), list(v.cot)] for v in views],
-            })  # fmt: skip
+        prompt, views = prompts[pair.prompt_id], label.per_principle if label else ()
+        rows.append({
+            "id": pair.id, "kind": prompt.kind, "about": pair.kind, "source": pair.source, "split": pair.split,
+            "turns": _turns(prompt), "a": pair.response_a, "b": pair.response_b,
+            "prob": _short(label.prob_a) if label else None, "clamp": label.clamp if label else None,
+            "views": [[v.principle, _short(v.prob_a_ab), _short(v.prob_a_ba), list(v.cot)] for v in views],
+        })  # fmt: skip
     return {"rows": rows, "total": total}
+
+
+def _orders_differ(label: Row) -> bool:
+    """Whether some principle made the judge prefer one answer when asked A/B and the other when asked B/A."""
+    views = [(view["prob_a_ab"], view["prob_a_ba"]) for view in label["per_principle"]]
+    return any(None not in view and (view[0] > 0.5) != (view[1] > 0.5) for view in views)
 
 
 def answers(folder: Path, count: int) -> dict[str, Any]:
@@ -105,8 +107,7 @@ def answers(folder: Path, count: int) -> dict[str, Any]:
     by_prompt: dict[str, dict[str, str]] = {}
     for row in _lines(folder / "answers.jsonl"):
         by_prompt.setdefault(row["prompt_id"], {})[row["policy"]] = row["response"]
-    found = with_ids(folder / "prompts.jsonl", set(by_prompt))
-    prompts = [Prompt.from_json(found[key], "prompts.jsonl") for key in by_prompt if key in found]
+    prompts = list(_prompts(folder, [{"prompt_id": key} for key in by_prompt]).values())
     groups: dict[Hashable, list[int]] = {}
     for place, prompt in enumerate(prompts):
         groups.setdefault(prompt.kind, []).append(place)

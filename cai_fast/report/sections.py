@@ -4,10 +4,9 @@ import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import jinja2
+from cai_fast.report.page import environment, shell
 
 WIDTH = 100  # columns of the text
 FLAG = "*"
@@ -231,5 +230,6 @@ def _numeric(text: str) -> bool:
 
 def as_html(found: Sequence[Section]) -> str:
     """The sections as one self-contained page."""
-    template = resources.files("cai_fast.report").joinpath("comparison.html").read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True).from_string(template).render(sections=found)
+    links = {f"part-{number}": section.title for number, section in enumerate(found, 1) if number > 1}
+    body = environment().get_template("comparison.html").render(sections=found)
+    return shell(f"{found[0].title} – cai_fast", body, links=links)
