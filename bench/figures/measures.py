@@ -216,7 +216,7 @@ def judge_skill(run: Path, source: str, judge: str, count: int, thoughts: int) -
 
 
 def subsets(run: Path, source: str, general: list[int], mixed: list[int]) -> dict[str, list[str]]:
-    """Constitutions with so many principles for critiques of the run `source`, nested, in the order that its seed draws:
+    """Constitutions with so many principles for critiques of the run `source`, nested, in an order that its seed draws:
     general_N.toml (principles of several categories only) and mixed_N.toml. Returns the principles of each."""
     ctx = context(Path(source))
     name = ctx.config.data.constitution
