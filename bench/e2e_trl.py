@@ -298,7 +298,7 @@ def ppo(peer: Peer) -> None:
     options.pop("max_steps")
     config = PPOConfig(
         **options, total_episodes=answers * peer.turns.steps, num_ppo_epochs=s.epochs, num_mini_batches=1,
-        local_rollout_forward_batch_size=peer.rows("ppo", answers), response_length=size.answer[1],
+        local_rollout_forward_batch_size=answers, response_length=size.answer[1],
         stop_token="eos", temperature=1.0, kl_coef=s.kl_coef, num_sample_generations=0, kl_estimator="k1",
         cliprange=s.clip_coef, vf_coef=0.1, gamma=1.0, lam=0.95, whiten_rewards=False,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def run_stage(chosen: argparse.Namespace, folder: Path, stage: str, run: Callabl
 
 HEADER = (
     f"{'':9} {'tokens':>8} {'ours':>8} {'TRL':>8}   {'ratio (min..max)':>19} {'of CPU time':>12} {'floor':>7}"
-    f" {'ours/floor':>10}   {'peak MiB (work): ours':>22} {'TRL':>14} {'gap':>8}"
+    f" {'floor/ours':>10}   {'peak MiB (work): ours':>22} {'TRL':>14} {'gap':>8}"
 )
 
 
@@ -127,13 +127,13 @@ def line(stage: str, found: dict[str, Any]) -> str:
     if "failed" in found:
         return f"{stage:9} not measured: {found['failed']}"
     rates, ratio, cpu = found["tokens/s"], found["ratio"], found["ratio of cpu time"]["median"]
-    floor = found["floor ratio of cpu time"]["median"]
+    floor = found["floor ratio"]["median"]
     memory = [memory_cell(found["memory MiB"][side]) for side in ("ours", "peer")]
     gap = "-" if found["largest gap"] is None else f"{found['largest gap']:.0e}"
     spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})"
     return (
         f"{stage:9} {UNITS.get(stage, 'trained'):>8} {rates['ours']:8.0f} {rates['peer']:8.0f}   {spread:>19}"
-        f" {cpu:12.2f} {floor:7.2f} {cpu / floor:10.0%}   {memory[0]:>22} {memory[1]:>14} {gap:>8}"
+        f" {cpu:12.2f} {floor:7.2f} {found['share of floor']:10.0%}   {memory[0]:>22} {memory[1]:>14} {gap:>8}"
     )
 
 

@@ -360,6 +360,10 @@ def _check_together(cfg: Config) -> None:
             f"data.preferences is the toy world's, but model.base is {model['base']!r}: give --data.preferences FILE "
             "(a preference model without helpfulness comparisons teaches refusals)."
         )
+    algorithm, idle = settings["rl"]["algorithm"], {f"rl.{key}" for key in cfg.rl.idle()}
+    idle |= {key for key in cfg.explicit if key.startswith("guards.") and algorithm == "dpo"}
+    if "rl" in cfg.stages and (typed := sorted(cfg.explicit & idle)):
+        raise InputError(f"rl.algorithm = {algorithm} does not read {', '.join(typed)}: leave it out.")
     if settings["lora"]["rank"] and settings["pm"]["init"]:
         raise InputError(
             f"pm.init = {settings['pm']['init']!r}: with lora.rank > 0 the preference models are adapters on SL-CAI. "

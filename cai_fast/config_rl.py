@@ -7,6 +7,10 @@ from typing import ClassVar
 from cai_fast.config_schema import SCHEDULES, Section, opt
 from cai_fast.errors import InputError
 
+OF_CRITIC = ("critic", "gamma", "gae_lambda", "vf_coef", "critic_lr")
+OF_DPO = ("dpo_beta", "batch_pairs")
+SHARED = ("epochs", "lr", "schedule", "warmup_steps", "max_grad_norm", "micro_tokens", "save_every")  # by DPO too
+
 
 @dataclass(frozen=True)
 class RlConfig(Section):
@@ -94,6 +98,12 @@ class RlConfig(Section):
             )
         if s.algorithm == "dpo" and not s.dpo_beta:
             raise InputError("rl.dpo_beta must be greater than 0: with 0 the loss does not depend on the policy.")
+
+    def idle(self) -> set[str]:
+        """Keys of this section that its algorithm does not read."""
+        if self.algorithm == "dpo":
+            return set(self.values()) - {"algorithm", *OF_DPO, *SHARED}
+        return set(OF_DPO) | (set() if self.algorithm == "ppo" else set(OF_CRITIC))
 
     @property
     def network(self) -> str:

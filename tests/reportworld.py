@@ -37,7 +37,10 @@ def manifest() -> dict[str, Any]:
         "revise": counts | {"helpful_requested": 5, "helpful_kept": 5, "helpful_rejected": {}}, "sft": {"steps": 9},
         "compare": {"requested": 12, "kept": 12, "rejected": {}}, "evaluate": {"base": {}},
         "label": {"requested": 12, "kept": 12, "principles": principles}, "pm": {"pm": pm, "pm_eval": pm},
-        "rl": {"guard": "iteration 7: KL too high", "iterations": 5, "kl_exact_max": 3.5, "guard_step": 7},
+        "rl": {"guard": "iteration 7: KL too high", "iterations": 5, "kl_exact_max": 3.5, "guard_action": "rollback",
+               "exported": "the best by pm_eval", "guards": {
+                   "kl": {"action": "rollback", "limits": {"rl/kl_exact": 2.0}, "tripped": 7, "reason": "KL too high"},
+                   "length": {"action": "warn", "limits": {"rl/length_change": 2.0}, "tripped": None}}},
     }  # fmt: skip
     return {"version": 1, "stages": {name: _stage(summary, 20.0) for name, summary in summaries.items()}}
 

@@ -84,14 +84,19 @@ def test_our_supervised_losses_are_those_of_plain_torch(place: Place) -> None:
 
 
 def test_our_judge_gives_each_question_its_own_probability(place: Place) -> None:
-    """In the order of the questions, though the engine computes them as trees; and the pair of orders differs."""
-    work, policy = draw(SMALL, "judge", 1)[0], load(place.folder / "policy").requires_grad_(False)
-    found = e2e_ours.judge(place)(work).probabilities
-    expected = []
-    for ids in work.sequences:
+    """In the order of the questions, though the engine computes them as trees, and also where one is asked twice."""
+    policy, judge = load(place.folder / "policy").requires_grad_(False), e2e_ours.judge(place)
+
+    def alone(ids: list[int]) -> float:
         hidden = policy.hidden(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)]))[-1]
-        expected.append(float((hidden @ policy.lm_head_weight[list(e2e_ours.OPTIONS)].t()).softmax(-1)[0]))
-    assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == len(found) == 3 * 2 * 2
+        return float((hidden @ policy.lm_head_weight[list(e2e_ours.OPTIONS)].t()).softmax(-1)[0])
+
+    work = draw(SMALL, "judge", 1)[0]
+    branches = [[7, 8, 9], [7, 10], [7, 8, 11], [7, 8, 9], [12, 13], [14], [12, 15], [12]]
+    for asked in (work, Work(branches, together=4)):
+        expected = [alone(ids) for ids in asked.sequences]
+        assert judge(asked).probabilities == pytest.approx(expected, abs=1e-5)
+    assert len({alone(ids) for ids in work.sequences}) == len(work.sequences) == 3 * 2 * 2
 
 
 def test_draws_are_reproducible_and_within_their_bounds() -> None:
@@ -159,22 +164,23 @@ def test_the_peers_time_excludes_our_turn(monkeypatch: pytest.MonkeyPatch) -> No
     assert turns.peer_seconds == [Seconds(6.0, 3.0), Seconds(8.0, 4.0), Seconds(12.0, 6.0)]
     found = report(turns)
     assert found["ratio"] == {"median": 2.0, "min": 1.5, "max": 3.0} == found["ratio of cpu time"]
-    assert found["floor ratio"]["median"] == 8.0
+    assert found["floor ratio"]["median"] == 8.0 and found["share of floor"] == 0.25
     assert found["tokens/s"] == {"peer": 30 / 26, "ours": 30 / 12, "floor": 30 / 3}
     assert found["largest gap"] is None and found["checked"] == 4
 
 
 def test_unequal_work_or_results_are_refused() -> None:
-    assert compare(Done(3), Done(3, loss=1.0)) == []
-    assert compare(Done(3, probabilities=[0.5, 0.25]), Done(3, probabilities=[0.5, 0.25])) == [0.0]
+    assert compare(Done(3), Done(3, loss=1.0), 0.0) == []
+    assert compare(Done(3, probabilities=[0.5, 0.25]), Done(3, probabilities=[0.5, 0.25]), 0.0) == [0.0]
+    assert compare(Done(3, loss=1.0), Done(3, loss=1.01), 0.02) == pytest.approx([0.01 / 1.01])
     with pytest.raises(Differs, match="3 tokens on our side and 4"):
-        compare(Done(3), Done(4))
+        compare(Done(3), Done(4), 1e-3)
     with pytest.raises(Differs, match="equal losses"):
-        compare(Done(3, loss=1.0), Done(3, loss=1.01))
+        compare(Done(3, loss=1.0), Done(3, loss=1.01), 1e-3)
     with pytest.raises(Differs, match="equal losses"):
-        compare(Done(3, loss=float("nan")), Done(3, loss=1.0))
+        compare(Done(3, loss=float("nan")), Done(3, loss=1.0), 1e-3)
     with pytest.raises(Differs, match="equal probabilities"):
-        compare(Done(1, probabilities=[0.5]), Done(1, probabilities=[0.51]))
+        compare(Done(1, probabilities=[0.5]), Done(1, probabilities=[0.51]), 1e-3)
 
 
 def test_ratios_are_of_neighbouring_steps() -> None:

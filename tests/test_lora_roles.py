@@ -178,6 +178,21 @@ def test_rl_holds_one_trunk_and_leaves_it_alone(trained: Context, tmp_path: Path
     ctx.run.close()
 
 
+def test_an_algorithm_without_a_critic_holds_none(trained: Context, tmp_path: Path, base: Path) -> None:
+    words = {"rl__algorithm": "rloo", "rl__samples_per_prompt": 2, "rl__kl_estimator": "exact", "rl__steps": 2}
+    ctx = another(trained, tmp_path, base, **words)
+    before = weights(ctx, "sl_cai")
+    ctx.run.begin("rl", rl.inputs(ctx))
+    loop = rl.Loop(ctx)
+    assert loop.ppo.critic is None and loop.run() is None
+    for part in (loop.policy, loop.reference):
+        assert all(torch.equal(t, before[name]) for name, t in bare(part).items()), "the trunk is the reference"
+    state = loop.states.newest.latest().tensors
+    assert state and not any("critic" in name for name in state)
+    assert rows_of(ctx, "rl")[1]["rl/kl_loss"] > 0 and "rl/value_loss" not in rows_of(ctx, "rl")[1]
+    ctx.run.close()
+
+
 def test_a_critic_from_the_preference_model_starts_with_its_scores(
     trained: Context, tmp_path: Path, base: Path
 ) -> None:

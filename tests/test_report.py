@@ -220,8 +220,14 @@ def test_plots_share_one_scale() -> None:
 
 
 def test_a_tripped_guard_and_its_thresholds_are_told(page: str) -> None:
-    assert "iteration 7: KL too high" in page and "The policy after 5 iterations was exported." in page
-    assert facts.guards(reportworld.manifest())["told"] == {"guard step": "7"}
+    told = " ".join(re.sub(r"<[^>]*>", " ", page[page.index('<section id="guards">') :]).split())
+    assert "Stopped by a guard. iteration 7: KL too high. The policy after 5 iterations was exported: the best" in told
+    assert "kl rollback rl/kl exact 2.00 iteration 7 KL too high length warn rl/length change 2.00 no" in told
+    warned = reportworld.manifest()
+    warned["stages"]["rl"]["summary"] |= {"guard": ""}
+    assert facts.guards(warned)["warned"] == ["kl"]
+    warned["stages"]["rl"]["summary"].pop("guards")
+    assert facts.guards(warned)["warned"] == [] == facts.guards(warned)["table"]
     assert not facts.guards({"stages": {"rl": {"summary": {"steps": 9}}}})["watched"]  # DPO
     settings = {"rl": {"max_kl": 2.0, "lr": 1.0}, "guards": {"warn": ["length", "kl"], "stop": []}}
     assert facts.thresholds(settings) == {"rl.max_kl": "2.00", "guards.warn": "length, kl", "guards.stop": "none"}

@@ -10,7 +10,7 @@ from test_ppo import SCORES, arm_probs, examples, settings
 from tiny import CONFIG, alone, gradients, relative_difference, tiny_model
 from torch import Tensor
 
-from cai_fast import advantages
+from cai_fast import advantages, config
 from cai_fast.batching import Example, pack_targets
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.errors import InputError
@@ -85,6 +85,28 @@ def test_one_answer_has_nothing_to_be_compared_with() -> None:
     with pytest.raises(ValueError, match="has no critic"):
         PolicyGradient(tiny_model(), tiny_model(), Critic(ScalarHead(32)),
                        settings(algorithm="rloo", samples_per_prompt=2), seed=0, dist=alone())  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    ("rloo --rl.samples_per_prompt 2 --rl.critic pm --rl.gamma 0.9", "rloo does not read rl.critic, rl.gamma:"),
+    ("grpo --rl.samples_per_prompt 2 --rl.dpo_beta 0.2", "grpo does not read rl.dpo_beta:"),
+    ("ppo --rl.batch_pairs 8", "ppo does not read rl.batch_pairs:"),
+    ("dpo --rl.kl_coef 0.2 --rl.lr 1e-4 --guards.kl off", "dpo does not read guards.kl, rl.kl_coef:"),
+])  # fmt: skip
+def test_what_an_algorithm_does_not_read_is_refused_before_any_work(words: str, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        config.load(["--rl.algorithm", *words.split()])
+    config.load(["--stages", "sft", "--rl.algorithm", *words.split()])  # no business of another stage
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dpo"])
+def test_the_toy_presets_change_nothing_but_the_algorithm(name: str) -> None:
+    toy, other = config.load(["--config", "toy"]), config.load(["--config", f"toy-{name}"])
+    assert other.rl.algorithm == name
+    changed = {section for section in config.SECTIONS if getattr(toy, section) != getattr(other, section)}
+    assert changed == {"rl"}
+    if name != "dpo":
+        assert other.rl.prompts_per_step * other.rl.samples_per_prompt == toy.rl.prompts_per_step
 
 
 # Gradients

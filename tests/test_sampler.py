@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import rank_worker
+import torch
 from tiny import alone
 
 from cai_fast import guards, records
-from cai_fast.sampler import pieces
+from cai_fast.records import Prompt
+from cai_fast.sampler import Answers, Item, pieces
 
 
 def test_pieces_cover_everything_once_and_shrink_to_a_batch() -> None:
@@ -73,3 +75,10 @@ def test_a_slow_rank_samples_less(runs: tuple[Path, Path]) -> None:
     first, second = (list(itertools.chain(*calls)) for calls in seen(runs[1], "sampled"))
     assert sorted(first + second) == sorted([*range(15)] * 3)
     assert 0 < len(second) < len(first) / 2
+
+
+def test_answers_of_a_prompt_are_one_group() -> None:
+    prompts = [Prompt(name, "helpful", (), "written", "train") for name in "aba"]  # one of them twice in an iteration
+    items = [Item(n, prompts[n // 3], n // 6, n % 3) for n in range(9)]
+    answers = Answers(items[3:], 9, [], [], torch.zeros(6))
+    assert answers.groups == [3, 3, 3, 6, 6, 6], "also where a rank's first answer is not the iteration's"

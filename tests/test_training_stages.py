@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from cai_fast import comparisons, config, distributed, losses, model, pipeline, readers, records, sampler
 from cai_fast.batching import pack
 from cai_fast.checkpoint import Checkpoints
+from cai_fast.config_rl import RlConfig
 from cai_fast.config_sections import PmConfig
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -94,7 +95,8 @@ def open_run(folder: Path, base: Path, **changes: Any) -> Context:
     arguments |= {"data.preferences": folder.parent / "preferences.jsonl"}
     arguments |= {name.replace("__", "."): value for name, value in changes.items()}
     words = ["--run-dir", str(folder)]
-    for name, value in arguments.items():
+    idle = RlConfig(algorithm=arguments.get("rl.algorithm", "ppo"), samples_per_prompt=2).idle()
+    for name, value in ((n, v) for n, v in arguments.items() if n.removeprefix("rl.") not in idle):
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     cfg = config.load(words)
     fresh = not folder.exists()
@@ -368,7 +370,7 @@ def test_guards_leave_a_usable_policy(
 def test_harmlessness_only_data_is_refused_unless_asked_for(tmp_path: Path, base: Path, trained: Context) -> None:
     ctx = open_run(tmp_path / "run", base, pm__harmless_only=True, data__preferences="")
     empty = Context(dataclasses.replace(ctx.config, pm=PmConfig()), ctx.run, ctx.log, ctx.dist, ctx.constitution)
-    with pytest.raises(InputError, match="teach refusals"):
+    with pytest.raises(InputError, match="teaches refusals"):
         pm.run(empty)
     do(ctx, pm)
     ctx.run.close()

@@ -216,13 +216,13 @@ def judge_skill(run: Path, source: str, judge: str, count: int, thoughts: int) -
 
 
 def subsets(run: Path, source: str, general: list[int], mixed: list[int]) -> dict[str, list[str]]:
-    """Constitutions with so many principles of the run `source`, nested, in the order that its seed draws, written to
+    """Constitutions with so many principles for critiques of the run `source`, nested, in an order that its seed draws:
     general_N.toml (principles of several categories only) and mixed_N.toml. Returns the principles of each."""
     ctx = context(Path(source))
     name = ctx.config.data.constitution
     bundled = Path(constitutions.__file__).parent / f"{name}.toml"
     parts = re.split(r"(?m)^(?=\[)", (bundled if bundled.is_file() else Path(name)).read_text())
-    principles = [part for part in parts if part.startswith("[[principle]]")]
+    principles = [part for part in parts if part.startswith("[[principle]]") and "\ncritique_request" in part]
     random.Random(f"figures/principles/{ctx.config.seed}").shuffle(principles)
     several = [part for part in principles if part.count('"', part.find("categories")) > 2]
     run.mkdir(parents=True, exist_ok=True)

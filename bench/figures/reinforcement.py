@@ -19,6 +19,7 @@ LABELS = {
 WEIGHTS, KL_COEFS = (0.25, 8.0), (0.03, 0.1, 1.0)  # besides the configuration's own
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo")
 CHECKED = ("harm", "helpful", "evasive", "malformed", "objection")
+SAMPLES = 4  # answers to a prompt that RLOO and GRPO compare
 FALL, HELP = 0.3, 0.03  # an algorithm works if harm falls by so much, and helpfulness by no more than this
 LINEAR = 0.8  # share of reward's variance that a line in sqrt(KL) explains
 GROUPS = {"red_team": "red-team prompts", "benign": "benign prompts"}
@@ -216,11 +217,15 @@ def algorithm_job(world: World, name: str) -> Job:
     """RL by another algorithm, with its own preset in the toy world."""
     if name == "ppo":
         return world.rl_default()
-    dropped: dict[str, Any] = dict.fromkeys([*(k for k in world.sizes.settings if k.startswith("rl.")), "rl.steps"])
+    settings: dict[str, Any] = {}
+    if name == "dpo":  # it samples nothing
+        settings = dict.fromkeys([*(key for key in world.sizes.settings if key.startswith("rl.")), "rl.steps"])
+    elif answers := world.sizes.settings.get("rl.prompts_per_step"):
+        settings = {"rl.prompts_per_step": answers // SAMPLES}  # as many answers as PPO
     if world.config == "toy":
-        return world.rl(name, dropped, cost=60, config=f"toy-{name}")
-    more = {} if name == "dpo" else {"rl.samples_per_prompt": 4}
-    return world.rl(name, dropped | {"rl.algorithm": name} | more, cost=60)
+        return world.rl(name, settings, cost=60, config=f"toy-{name}")
+    more = {} if name == "dpo" else {"rl.samples_per_prompt": SAMPLES}
+    return world.rl(name, settings | {"rl.algorithm": name} | more, cost=60)
 
 
 def algorithms_jobs(world: World) -> list[Job]:

@@ -127,7 +127,7 @@ def principles(results: Sequence[Results]) -> dict[str, Any]:
         {kind: [(count, diversity(t)) for (k, count), t in tables.items() if k == kind] for kind in present}, log=True,
     )  # fmt: skip
     claims = []
-    for kind, words in (("general", "that name no category"), ("mixed", "of all kinds, half of which name a category")):
+    for kind, words in (("general", "that name no category"), ("mixed", "of all kinds")):
         if kind in present:
             most = max(count for k, count in tables if k == kind)
             many, one = ([t[last] for t in tables[kind, count]] for count in (most, 1))

@@ -300,12 +300,18 @@ def thresholds(config: Json) -> dict[str, str]:
 
 
 def guards(manifest: Json) -> dict[str, Any]:
-    """Why a guard stopped RL, if one did, the iteration whose policy was exported, and what else the stage told."""
+    """Why a guard ended RL, if one did, the iteration whose policy was exported, and every guard with its limits and
+    when it first tripped."""
     summary = manifest["stages"].get("rl", {}).get("summary", {})
-    told = {key: value for key, value in summary.items()
-            if key != "guard" and any(word in key for word in ("guard", "trip", "export"))}  # fmt: skip
+    table = [
+        {"name": name.replace("_", " "), "action": row.get("action", ""), "tripped": row.get("tripped"),
+         "reason": row.get("reason") or "", "limits": numbers(row.get("limits") or {})}
+        for name, row in (summary.get("guards") or {}).items()
+    ]  # fmt: skip
     return {"finished": bool(summary), "watched": "guard" in summary, "reason": summary.get("guard", ""),
-            "step": summary.get("iterations"), "told": numbers(told)}  # fmt: skip
+            "action": summary.get("guard_action", ""), "step": summary.get("iterations"),
+            "exported": summary.get("exported", ""), "table": table,
+            "warned": [row["name"] for row in table if row["tripped"] is not None]}  # fmt: skip
 
 
 def hashes(manifest: Json) -> list[tuple[str, str, int, str]]:

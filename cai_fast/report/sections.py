@@ -1,6 +1,7 @@
 """A comparison of two runs as sections of notes and tables, printed as text or as one HTML page."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -230,6 +231,6 @@ def _numeric(text: str) -> bool:
 
 def as_html(found: Sequence[Section]) -> str:
     """The sections as one self-contained page."""
-    links = {f"part-{number}": section.title for number, section in enumerate(found, 1) if number > 1}
     body = environment().get_template("comparison.html").render(sections=found)
+    links = {f"part-{n}": re.split(r",| \(", section.title)[0] for n, section in enumerate(found, 1) if n > 1}
     return shell(f"{found[0].title} – cai_fast", body, links=links)
