@@ -175,7 +175,8 @@ def test_the_disk_for_snapshots_and_for_the_best_state_is_planned() -> None:
     assert disk("--rl.snapshot_every 41") == (kept, states)
     another = disk("--checkpoint.keep 2")[1] - states
     assert states == pytest.approx(3 * another)  # the newest, the best, and one that is being written
-    assert disk("--rl.algorithm dpo")[1] == pytest.approx(2 * another)
+    offline = config.load("--stages rl --model.device cpu --rl.algorithm dpo".split())
+    assert Planner(offline, bare.inputs).disk("rl")[1] == pytest.approx(2 * another)
 
 
 def test_adapters_are_merged_in_a_snapshot(base: Path, tmp_path: Path) -> None:
