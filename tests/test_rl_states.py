@@ -123,14 +123,14 @@ def test_snapshots_are_outputs_with_cards_that_answer_as_roles(whole: Context) -
     assert rows[0].provenance["model"] == whole.model_hash(SNAPSHOTS[0]) != whole.model_hash("rl_cai")
 
 
-@pytest.mark.parametrize("moment", ["before the first state", "after a snapshot", "in a snapshot"])
+@pytest.mark.parametrize("moment", ["after a snapshot", "in a snapshot"])
 def test_a_killed_run_has_the_snapshots_of_an_unbroken_one(
     moment: str, whole: Context, before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, changes = tmp_path / "run", {"rl__save_every": 3 if moment == "after a snapshot" else 2}
     with opened(before, folder, base, **changes) as ctx:
         if moment != "in a snapshot":
-            do_until(ctx, 1 if moment == "before the first state" else 3)  # that of iteration 2 has no state
+            do_until(ctx, 3)  # that of iteration 2 has no state
         else:
             real = roles.export
 
@@ -162,14 +162,21 @@ def test_snapshots_go_with_the_stage(whole: Context, tmp_path: Path) -> None:
         assert [path.name for path in run.snapshots()] == left
 
 
-def test_snapshots_are_planned() -> None:
-    def kept(words: str) -> float:
-        return Planner(config.load(f"--stages rl --model.device cpu --rl.steps 40 {words}".split())).disk("rl")[0]
+def test_the_disk_for_snapshots_and_for_the_best_state_is_planned() -> None:
+    words = "--stages rl --model.device cpu --rl.steps 40 --rl.critic detached"
+    bare = Planner(config.load(words.split()))
 
-    weights_of_one = kept("--rl.snapshot_every 40") - kept("")
-    assert weights_of_one == pytest.approx(Planner(config.load(["--model.device", "cpu"])).shape("base").params * 4)
-    assert kept("--rl.snapshot_every 12") - kept("") == pytest.approx(3 * weights_of_one)
-    assert kept("--rl.snapshot_every 41") == kept("")
+    def disk(more: str) -> tuple[float, float]:
+        return Planner(config.load(f"{words} {more}".split()), bare.inputs).disk("rl")
+
+    (kept, states), one = bare.disk("rl"), bare.shape("base").params * 4
+    assert disk("--rl.snapshot_every 40") == (pytest.approx(kept + one), states)
+    assert disk("--rl.snapshot_every 12") == (pytest.approx(kept + 3 * one), states)
+    assert disk("--rl.snapshot_every 41") == (kept, states)
+    another = disk("--checkpoint.keep 2")[1] - states
+    assert states == pytest.approx(3 * another)  # the newest, the best, and one that is being written
+    offline = config.load("--stages rl --model.device cpu --rl.algorithm dpo".split())
+    assert Planner(offline, bare.inputs).disk("rl")[1] == pytest.approx(2 * another)
 
 
 def test_adapters_are_merged_in_a_snapshot(base: Path, tmp_path: Path) -> None:
@@ -209,8 +216,7 @@ def planted(patch: pytest.MonkeyPatch, pm_eval: tuple[float, ...] = PM_EVAL, len
     ({"guards__divergence": "stop"}, PM_EVAL, 0.0, 3, "newest"),
     ({"guards__length": "warn"}, PM_EVAL, 999.0, 3, "best by mean pm_eval score, 2, "),  # iteration 2 has tripped one
     ({}, (0.0, -1.0, -1.0, -1.0, -9.0), 0.0, 0, "best by mean pm_eval score, 0, "),  # SL-CAI itself
-    ({"rl__save_every": 2}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "best by mean pm_eval score, 0.5, "),
-    ({"checkpoint__keep": 3}, PM_EVAL, 0.0, 2, "best by mean pm_eval score, 3, "),
+    ({"rl__save_every": 2, "checkpoint__keep": 3}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "pm_eval score, 0.5, "),
 ])  # fmt: skip
 def test_a_rollback_exports_the_best_state_bit_for_bit(
     changes: dict[str, Any], pm_eval: tuple[float, ...], length: float, step: int, why: str,

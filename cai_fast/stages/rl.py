@@ -42,6 +42,7 @@ class Loop:
         self.reference = roles.reference(ctx)
         self.policy = roles.trained(ctx, "sl_cai", head="lm", name="rl", trunk=self.reference)
         self.sampler = Sampler(ctx, self.policy, self.reference, self.renderer)
+        self.snapshot_every = self.cfg.snapshot_every
         self.states = RlStates(ctx)
         state = self.states.found
         if state is None:
@@ -204,11 +205,11 @@ class Loop:
         self.snapshot(step, values)
 
     def snapshot(self, step: int, values: dict[str, float]) -> None:
-        """Export the policy where that is due; one that has passed the guards. Collective.
+        """Export the policy where that is due; one that no guard has stopped. Collective.
 
         Those after the newest state are written again when the stage continues, like its answers.
         """
-        every = self.cfg.snapshot_every
+        every = self.snapshot_every
         if every and step and step % every == 0:
             about = {"iterations": step} | {name.partition("/")[2]: value for name, value in values.items()}
             roles.export(self.ctx, self.policy, f"{SNAPSHOT}{step:05}", self.renderer.tokenizer, about)
@@ -274,7 +275,8 @@ def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
         "rollouts": ctx.dist.on_main(lambda: write_rollouts(ctx)),
     } | results
     roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
-    ctx.log.info(f"rl: {summary}")
+    shown = {name: value for name, value in summary.items() if name != "guards"}  # a table
+    ctx.log.info(f"rl: {shown}")
     ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 
 
