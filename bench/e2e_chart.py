@@ -23,12 +23,12 @@ def draw(result: dict[str, Any], peer: str, path: Path) -> None:
         for row, found in enumerate(stages.values()):
             memory = found["memory MiB"]
             if "failed" not in memory["ours"] and "failed" not in memory["peer"]:
-                saved = f"memory {memory['ours']['peak']:.0f} to {memory['peer']['peak']:.0f} MiB"
+                saved = f"memory {memory['ours']['peak']:.0f} against {memory['peer']['peak']:.0f} MiB"
                 axes.annotate(saved, (0.03, row), color="white", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=1.2)
         axes.set_yticks(rows, list(stages))
         axes.invert_yaxis()
-        axes.set_xlabel(f"time of {peer} / time, for the same step on the same tokens (right of the line: faster)")
+        axes.set_xlabel(f"time of {peer} / our time for the same step on the same tokens (right of the line: faster)")
         axes.set_title(f"{result['device']}, {result['preset']} model")
         axes.grid(axis="x", linewidth=0.3)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -179,7 +179,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"no chart: {error.name} is not installed here")
         return 0
-    draw(result, chosen.peer, path.with_suffix(".svg"))
+    draw(result, chosen.peer.upper(), path.with_suffix(".svg"))
     return 0
 
 
