@@ -51,6 +51,13 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def said(options: argparse.Namespace) -> str:
+    """The command that gives these numbers: without folders and the number of processes."""
+    words = [f"--{options.sizes}"] if options.sizes else []
+    words += ["--config", options.config] if options.config != TOY else []
+    return " ".join(["python -m bench.figures", *words, "--seeds", str(options.seeds)])
+
+
 def main(argv: Sequence[str]) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -76,14 +83,13 @@ def main(argv: Sequence[str]) -> int:
         parser.error(str(error))
     suite = Suite(options.folder)
     failed = suite.run([job for name in names for world in chosen for job in EVERY[name].jobs(world)], options.jobs)
-    missing = 0
+    missing, command = 0, said(options)
     for name in names:
         jobs = [job for world in chosen for job in EVERY[name].jobs(world)]
         if broken := [job.name for job in jobs if suite.result(job) is None]:
             missing += 1
             print(f"{name}: not made; {broken[0]}: {failed.get(broken[0], 'not done')}")
             continue
-        command = f"python -m bench.figures {' '.join(argv)}".strip()
         try:
             print(report(make(EVERY[name], [Results(suite, world) for world in chosen], command, options.out)))
         except stats.Nothing as reason:
