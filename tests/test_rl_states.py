@@ -214,6 +214,7 @@ def planted(patch: pytest.MonkeyPatch, pm_eval: tuple[float, ...] = PM_EVAL, len
 @pytest.mark.parametrize(("changes", "pm_eval", "length", "step", "why"), [
     ({}, PM_EVAL, 0.0, 2, "best by mean pm_eval score, 3, "),
     ({"guards__divergence": "stop"}, PM_EVAL, 0.0, 3, "newest"),
+    ({"guards__divergence": "stop", "rl__save_every": 0}, PM_EVAL, 0.0, 0, "SL-CAI, as no state was saved"),
     ({"guards__length": "warn"}, PM_EVAL, 999.0, 3, "best by mean pm_eval score, 2, "),  # iteration 2 has tripped one
     ({}, (0.0, -1.0, -1.0, -1.0, -9.0), 0.0, 0, "best by mean pm_eval score, 0, "),  # SL-CAI itself
     ({"rl__save_every": 2, "checkpoint__keep": 3}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "pm_eval score, 0.5, "),
