@@ -47,6 +47,7 @@ def train(ctx: Context) -> tuple[Model, dict[str, Any]]:
     shown = {f"rl/held_out_{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
     ctx.log.truncate("rl", steps)
     ctx.log.metrics("rl", steps, shown)
+    ctx.log.info(f"rl: held out: {shown}")
     counts = {"trained_on": dict(Counter(p.kind for p in training)), "rejected": rejected, "steps": steps}
     return policy, counts | roles.sizes(policy) | results
 

@@ -103,15 +103,16 @@ class Planner:
         when it ends."""
         texts = TEXT_BYTES * sum(work.prefill + work.decode for work in self.works.get(stage, []))
         layout, kept, states, pair = self.moments.layout, 0.0, 0.0, 2 if stage == "pm" else 1
-        best = 1 if stage == "rl" and self.works.get("rl") else 0  # what a guard may roll back to
+        guarded = stage == "rl" and bool(self.works.get("rl"))
+        more = 2 if guarded else 0  # what a guard may roll back to, and what a stop left until the next state is saved
         for number, (sizes, head) in enumerate(self._networks(stage)):
             adapters = layout.adapters(sizes)
             count = adapters if layout.rank else sizes.count(head)
             weight, state = (4, 8) if layout.sharded else (layout.width, layout.per_weight(stage)[1])
             # Of two models trained one after the other, the first one's stay; one more while it is written.
-            states += (pair * self.config.checkpoint.keep + 1 + best) * count * (weight + state)
+            states += (pair * self.config.checkpoint.keep + 1 + more) * count * (weight + state)
             kept += (sizes.count(head) + adapters) * layout.width if number == 0 else 0  # the critic is not exported
-        if best and (every := self.config.rl.snapshot_every):
+        if guarded and (every := self.config.rl.snapshot_every):
             kept *= 1 + self.config.rl.steps // every
         return texts + kept * pair, states
 

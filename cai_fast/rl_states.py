@@ -89,7 +89,7 @@ class RlStates:
         """What to export after a trip, None being SL-CAI, and why. Collective."""
         newest = self.newest.latest()
         if trip.action == "stop":
-            return newest, "the newest state that was saved"
+            return newest, "the newest state that was saved" if newest else "SL-CAI, as no state was saved"
         if _better(self.newest_score, self.best):
             self.best, chosen = self.newest_score, newest
         else:

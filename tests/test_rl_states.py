@@ -162,7 +162,7 @@ def test_snapshots_go_with_the_stage(whole: Context, tmp_path: Path) -> None:
         assert [path.name for path in run.snapshots()] == left
 
 
-def test_the_disk_for_snapshots_and_for_the_best_state_is_planned() -> None:
+def test_the_disk_for_snapshots_and_for_all_states_is_planned() -> None:
     words = "--stages rl --model.device cpu --rl.steps 40 --rl.critic detached"
     bare = Planner(config.load(words.split()))
 
@@ -174,7 +174,7 @@ def test_the_disk_for_snapshots_and_for_the_best_state_is_planned() -> None:
     assert disk("--rl.snapshot_every 12") == (pytest.approx(kept + 3 * one), states)
     assert disk("--rl.snapshot_every 41") == (kept, states)
     another = disk("--checkpoint.keep 2")[1] - states
-    assert states == pytest.approx(3 * another)  # the newest, the best, and one that is being written
+    assert states == pytest.approx(4 * another)  # the newest, the best, one of a stop, and one that is being written
     offline = config.load("--stages rl --model.device cpu --rl.algorithm dpo".split())
     assert Planner(offline, bare.inputs).disk("rl")[1] == pytest.approx(2 * another)
 
@@ -214,6 +214,7 @@ def planted(patch: pytest.MonkeyPatch, pm_eval: tuple[float, ...] = PM_EVAL, len
 @pytest.mark.parametrize(("changes", "pm_eval", "length", "step", "why"), [
     ({}, PM_EVAL, 0.0, 2, "best by mean pm_eval score, 3, "),
     ({"guards__divergence": "stop"}, PM_EVAL, 0.0, 3, "newest"),
+    ({"guards__divergence": "stop", "rl__save_every": 0}, PM_EVAL, 0.0, 0, "SL-CAI, as no state was saved"),
     ({"guards__length": "warn"}, PM_EVAL, 999.0, 3, "best by mean pm_eval score, 2, "),  # iteration 2 has tripped one
     ({}, (0.0, -1.0, -1.0, -1.0, -9.0), 0.0, 0, "best by mean pm_eval score, 0, "),  # SL-CAI itself
     ({"rl__save_every": 2, "checkpoint__keep": 3}, (0.0, 1.0, 0.5, 2.0, -9.0), 0.0, 2, "pm_eval score, 0.5, "),

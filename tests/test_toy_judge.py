@@ -49,6 +49,23 @@ def test_the_share_of_direct_revisions_takes_the_place_of_critiqued_ones() -> No
     assert corpus.sample(0, 9000, corpus.MIXTURE["direct"]) == corpus.sample(0, 9000)
 
 
+def test_a_base_model_reads_as_many_direct_revisions_as_its_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        pretrain, "loss", lambda model, batch: read.extend(s.kind for s in batch) or model.model.norm.weight.sum()
+    )
+    shares = []
+    for direct in (0.0, 0.48):
+        read.clear()
+        recipe, log = replace(RECIPE, steps=8, tokens_per_step=512, direct=direct), RunLog(tmp_path / "metrics.jsonl")
+        pretrain.train(recipe, Checkpoints(tmp_path / f"state_{direct}", alone()), log)
+        counts = Counter(read)
+        shares.append((counts["direct"] > 0, counts["revision"] > 0))
+    assert shares == [(False, True), (True, False)]
+
+
 def test_direct_and_critiqued_revisions_drop_a_phrase_with_the_same_chance() -> None:
     """Counted in the corpus itself, so that figures which compare the two compare models."""
     dropped: dict[str, list[int]] = {"revision": [0, 0], "direct": [0, 0]}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cai_fast import chains, dpo, guards, heartbeat, pipeline, records, roles
+from cai_fast import chains, comparisons, dpo, guards, heartbeat, pipeline, records, roles
 from cai_fast.distributed import Stopped, global_moments
 from cai_fast.guards import Guards, Trip
 from cai_fast.model import Model, ScalarHead
@@ -275,7 +275,7 @@ def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
         "rollouts": ctx.dist.on_main(lambda: write_rollouts(ctx)),
     } | results
     roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
-    shown = {name: value for name, value in summary.items() if name != "guards"}  # a table
+    shown = {name: value for name, value in summary.items() if name not in ("guards", *comparisons.KINDS)}  # tables
     ctx.log.info(f"rl: {shown}")
     ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 

@@ -60,7 +60,7 @@ class Recipe:
         """Identity of the resulting model: recipe, corpus, code version, torch version."""
         digest = hashlib.blake2b(digest_size=16)
         for number in (*range(100), *range(corpus.EARLY, corpus.EARLY + 400)):
-            digest.update(repr(corpus.sample(self.seed, number)).encode())
+            digest.update(repr(corpus.sample(self.seed, number, self.direct)).encode())
         words = list(corpus.vocabulary())
         apart = {"hidden_size", "layers"} | ({"direct"} if self.direct == Recipe.direct else set())
         training = {name: value for name, value in vars(self).items() if name not in apart}
@@ -151,10 +151,10 @@ def make_optimizer(model: Model, recipe: Recipe) -> Optimizer:
 
 def train(
     recipe: Recipe, states: Checkpoints, log: RunLog, *, start: Model | None = None,
-    sample: Callable[[int, int], Sample] = corpus.sample, name: str = "base",
+    sample: Callable[[int, int], Sample] | None = None, name: str = "base",
 ) -> Model:  # fmt: skip
-    """Pretrain a new model, or train `start` further (on other samples), resuming from `states`; SIGTERM saves the
-    state and raises Stopped."""
+    """Pretrain a new model, or train `start` further, on the recipe's corpus or on that of `sample`, resuming from
+    `states`; SIGTERM saves the state and raises Stopped."""
     sample = sample or partial(corpus.sample, direct=recipe.direct)
     model = initialise(recipe.seed, recipe.model) if start is None else start
     optimizer = make_optimizer(model, recipe)
