@@ -196,6 +196,9 @@ class Planted(Results):
     def chains(self, job: Job) -> dict[str, dict[str, list]]:
         return self.tables.get(job.name.split("/")[1], self.tables[""])
 
+    def ended(self, job: Job) -> str:
+        return ""
+
 
 def verdicts(found: dict[str, Any]) -> list[str]:
     return [claim["verdict"] for claim in found["claims"]]
@@ -243,6 +246,32 @@ def test_critiques_that_help_small_models_only_are_found() -> None:
     assert verdicts(supervised.critique(results(0, -1))) == [NOT_REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED]
 
 
+def test_too_few_prompts_do_not_show_that_critiques_are_harmless() -> None:
+    results = [Planted(s, {"": planted([0, 1, 2, 3, 4], 0.3, s), "base_large": planted([0, 1, 2, 3, 4], 9.0, s + 19)})
+               for s in range(3)]  # fmt: skip
+    assert verdicts(supervised.critique(results))[2] == NOT_TESTABLE
+
+
+def test_both_models_prompts_count_where_two_gains_are_compared() -> None:
+    """The smallest model's gain is certain, the largest one's is not: so is their difference not."""
+    wide = planted([0, 1, 2, 3, 4], 9.0, 19)
+    results = [Planted(s, {"": planted([0, 1, 2, 3, 4], 0.0, 0), "base_small": planted([0, 1, 2, 3, 5], 0.0, 0),
+                           "base_large": wide}) for s in range(3)]  # fmt: skip
+    claim = supervised.critique(results)["claims"][1]
+    standard_error = np.std(wide["4"]["pm_eval"]) / 120**0.5
+    assert claim["estimate"]["seeds"][0]["hi"] - claim["estimate"]["seeds"][0]["lo"] > 3 * standard_error
+
+
+def test_diversity_is_counted_on_as_many_answers_and_lies_in_its_interval() -> None:
+    few, more = (
+        {"prompt": prompts, "text": [f"{p} is new" for p in prompts]} for prompts in (["a", "b"], list("abcd"))
+    )
+    shared = [{"a", "b"}]
+    assert supervised.diversity([few], shared) == supervised.diversity([more], shared)
+    found = supervised.diversity([few], shared)
+    assert found["mean"] == 1.5 and found["lo"] <= found["mean"] <= found["hi"]  # {a is, b is, is new} of 2 answers
+
+
 def test_the_mean_of_seeds_and_its_interval() -> None:
     found = stats.means([[1.0, 1.0], [3.0, 3.0]])
     assert found["mean"] == 2.0 and (found["lo"], found["hi"]) == (1.0, 3.0)  # all its width is that between seeds
@@ -251,6 +280,14 @@ def test_the_mean_of_seeds_and_its_interval() -> None:
     assert 0.16 < within["hi"] - within["lo"] < 0.24  # 2 x 1.96 / 20
     with pytest.raises(stats.Nothing):
         stats.means([[1.0], []])
+
+
+def test_a_seed_that_is_drawn_twice_has_its_prompts_drawn_twice() -> None:
+    """Three seeds of equal values: what is left is the spread of a mean of three times as many prompts."""
+    values = np.random.default_rng(0).standard_normal(100)
+    found = stats.means([values] * 3, samples=4000)
+    expected = 2 * 1.96 * values.std() / 300**0.5
+    assert (found["hi"] - found["lo"]) == pytest.approx(expected, rel=0.06)
 
 
 def test_noise_is_rarely_taken_for_a_trend() -> None:
@@ -314,6 +351,35 @@ def test_an_algorithm_must_lower_harm_and_keep_helpfulness() -> None:
 def test_reward_in_the_square_root_of_kl() -> None:
     x, y = reinforcement.curve({"rl/kl_exact": [0.0, 1.0, 4.0, None], "rl/score": [1.0, 2.0, 3.0, 4.0]})
     assert x == [0, 1, 2] and reinforcement.explained(x, y) == pytest.approx(1.0)
+    assert reinforcement.explained(x, y[::-1]) == pytest.approx(-1.0) and reinforcement.explained(x, [2.0] * 3) == 0
+
+
+def test_the_calibration_that_is_claimed_is_that_of_the_question_asked() -> None:
+    """Labels that follow their principle, and are wrong by total harm as often as not."""
+    draw = np.random.default_rng(1)
+    n = 400
+    own, thought = np.where(draw.uniform(size=n) < 0.8, 0.83, 0.17), np.where(draw.uniform(size=n) < 0.9, 0.99, 0.01)
+    skill = {"kind": ["aligned", "conflict"] * (n // 2), "own": own.tolist(), "general": [0.5] * n,
+             "cot1": thought.tolist(), "cot": thought.tolist()}  # fmt: skip
+    columns = {"harm": [-1, 1] * 50, "direct": [[[0.99, 0.99]]] * 100, "cot1": [[[0.5, 0.5]] * 4] * 100,
+               "cot": [[[0.5, 0.5]]] * 100}  # fmt: skip
+    found = {c["claim"]: c["verdict"] for c in feedback.claims([feedback.table(columns)] * 3, [skill] * 3)}
+    assert found["Labels without CoT are well calibrated (Fig. 9)"] == REPRODUCED
+    assert found["CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)"] == REPRODUCED
+    skill["own"] = np.where(own > 0.5, 0.99, 0.01).tolist()
+    found = {c["claim"]: c["verdict"] for c in feedback.claims([feedback.table(columns)] * 3, [skill] * 3)}
+    assert found["Labels without CoT are well calibrated (Fig. 9)"] == NOT_REPRODUCED
+
+
+def test_a_run_that_a_guard_ended_is_named(tmp_path: Path) -> None:
+    found, job = Results(Suite(tmp_path), World(0, QUICK)), World(0, QUICK).rl_default()
+    assert found.ended(job) == ""
+    manifest = tmp_path / "runs" / job.name / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    for guard, said in (("", ""), ("kl", "seed_0/rl: guard kl, the policy after 24 iterations is the last")):
+        summary = {"guard_name": guard, "iterations": 24}
+        manifest.write_text(json.dumps({"stages": {"rl": {"summary": summary}}}))
+        assert found.ended(job) == said
 
 
 def test_every_figure_has_its_words_and_a_place_on_the_page() -> None:

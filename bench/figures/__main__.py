@@ -34,7 +34,9 @@ def make(figure: Figure, results: Sequence[Results], command: str, out: Path) ->
     found = stats.rounded(figure.evaluate(results))
     result = {
         "figure": figure.name, "command": command, "seeds": [r.world.seed for r in results],
-        "environment": environment(), "claims": found["claims"], "panels": found["panels"],
+        "environment": environment(), "ended": [text for r in results for job in figure.jobs(r.world)
+                                                if (text := r.ended(job))],
+        "claims": found["claims"], "panels": found["panels"],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     draw(page.texts()[figure.name]["title"], found["panels"], out / f"{figure.name}.svg")
