@@ -184,6 +184,21 @@ def test_a_run_that_a_guard_ended_is_named(tmp_path: Path) -> None:
         assert found.ended(job) == said
 
 
+def test_what_is_typed_is_recorded_without_folders_and_trials_leave_the_committed_results_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, options = command.parse(["--quick", "--folder", "/somewhere", "--jobs", "1"])
+    assert options.out == page.RESULTS and command.given(options) == "python -m bench.figures --seeds 3 --quick"
+    for words in (["--tiny"], ["--config", "/somewhere/own.toml"]):
+        _, options = command.parse([*words, "--only", "elo", "--folder", "/somewhere"])
+        assert options.out == Path("/somewhere/figures") and "/somewhere" not in command.given(options)
+    assert command.given(options) == "python -m bench.figures --only elo --seeds 3 --config own.toml"
+    for wrong in (["--seeds", "0"], ["--jobs", "0"], ["--quick", "--tiny"]):
+        with pytest.raises(SystemExit):
+            command.parse(wrong)
+    assert "--seeds and --jobs must be at least 1; got 0 and 2" in capsys.readouterr().err
+
+
 def test_every_figure_has_its_words_and_a_place_on_the_page() -> None:
     assert set(page.ORDER) == set(command.EVERY) == set(page.texts())
     assert all(set(words) == {"title", "paper", "ours", "note"} for words in page.texts().values())

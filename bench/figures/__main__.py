@@ -53,7 +53,15 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
+def given(options: argparse.Namespace) -> str:
+    """What was typed, without folders of this machine."""
+    only = "" if options.only == ",".join(page.ORDER) else f" --only {options.only}"
+    size = f" --{options.sizes}" if options.sizes else ""
+    config = "" if options.config == TOY else f" --config {Path(options.config).name}"
+    return f"python -m bench.figures{only} --seeds {options.seeds}{size}{config}"
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.figures", description=bench.figures.__doc__,
@@ -66,9 +74,21 @@ def main(argv: Sequence[str]) -> int:
     size.add_argument("--tiny", action="store_const", dest="sizes", const="tiny", help="see that everything runs")
     parser.add_argument("--config", default=TOY, help="preset or TOML file")
     parser.add_argument("--folder", type=Path, default=Path("runs/figures"), help="runs and what is measured of them")
-    parser.add_argument("--out", type=Path, default=page.RESULTS, help="folder of the figures")
+    parser.add_argument("--out", type=Path, help="folder of the figures; unless the toy world is measured in full or "
+                        "--quick, a folder beside the runs, so that what FIGURES.md is made of stays")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     options = parser.parse_args(argv)
+    if options.out is None:
+        ours = options.config == TOY and options.sizes != "tiny"
+        options.out = page.RESULTS if ours else options.folder / "figures"
+    if min(options.seeds, options.jobs) < 1:
+        parser.error(f"--seeds and --jobs must be at least 1; got {options.seeds} and {options.jobs}")
+    return parser, options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command line says; returns the exit code."""
+    parser, options = parse(argv)
     names = [name.strip() for name in options.only.split(",")]
     if unknown := [name for name in names if name not in EVERY]:
         parser.error(f"no figure is called {unknown[0]!r}; there are {', '.join(page.ORDER)}")
@@ -85,9 +105,8 @@ def main(argv: Sequence[str]) -> int:
             missing += 1
             print(f"{name}: not made; {broken[0]}: {failed.get(broken[0], 'not done')}")
             continue
-        command = f"python -m bench.figures {' '.join(argv)}".strip()
         try:
-            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], command, options.out)))
+            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], given(options), options.out)))
         except stats.Nothing as reason:
             missing += 1
             print(f"{name}: not made; {reason}")
