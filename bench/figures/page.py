@@ -55,7 +55,7 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     if words["note"].strip():
         lines += ["", words["note"].strip()]
     made = result["environment"]
-    where = f"commit {made['commit']}, {made['date'][:10]}, torch {made['versions']['torch']}"
+    where = f"computed at commit {made['commit']}, {made['date'][:10]}, torch {made['versions']['torch']}"
     seeds = ", ".join(map(str, result["seeds"]))
     return [*lines, "", f"`{result['command']}`, seeds {seeds}, {where}; all numbers: `results/figures/{name}.json`."]
 
