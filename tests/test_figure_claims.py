@@ -190,20 +190,3 @@ def test_reward_in_the_square_root_of_kl() -> None:
     x, y = reinforcement.curve({"rl/kl_exact": [0.0, 1.0, 4.0, None], "rl/score": [1.0, 2.0, 3.0, 4.0]})
     assert x == [0, 1, 2] and reinforcement.explained(x, y) == pytest.approx(1.0)
     assert reinforcement.explained(x, y[::-1]) == pytest.approx(-1.0) and reinforcement.explained(x, [2.0] * 3) == 0
-
-
-def test_the_calibration_that_is_claimed_is_that_of_the_question_asked() -> None:
-    """Labels that follow their principle, and are wrong by total harm as often as not."""
-    draw = np.random.default_rng(1)
-    n = 400
-    own, thought = np.where(draw.uniform(size=n) < 0.8, 0.83, 0.17), np.where(draw.uniform(size=n) < 0.9, 0.99, 0.01)
-    skill = {"kind": ["aligned", "conflict"] * (n // 2), "own": own.tolist(), "general": [0.5] * n,
-             "cot1": thought.tolist(), "cot": thought.tolist()}  # fmt: skip
-    columns = {"harm": [-1, 1] * 50, "direct": [[[0.99, 0.99]]] * 100, "cot1": [[[0.5, 0.5]] * 4] * 100,
-               "cot": [[[0.5, 0.5]]] * 100}  # fmt: skip
-    found = {c["claim"]: c["verdict"] for c in feedback.claims([feedback.table(columns)] * 3, [skill] * 3)}
-    assert found["Labels without CoT are well calibrated (Fig. 9)"] == REPRODUCED
-    assert found["CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)"] == REPRODUCED
-    skill["own"] = np.where(own > 0.5, 0.99, 0.01).tolist()
-    found = {c["claim"]: c["verdict"] for c in feedback.claims([feedback.table(columns)] * 3, [skill] * 3)}
-    assert found["Labels without CoT are well calibrated (Fig. 9)"] == NOT_REPRODUCED

@@ -159,11 +159,9 @@ def gain(found: Skills, more: str, less: str, kinds: Sequence[str] = ("aligned",
 
 def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
     """The paper's statements about labels, on the judge that was trained to judge."""
-    # By what is asked: a label that goes by a category is not wrong where total harm says otherwise.
-    asked = [({"direct": np.array(s["own"]), "CoT": np.array(s["cot1"])}, np.ones(len(s["own"]))) for s in skills]
-    direct = estimate(asked, ece, "direct")
-    extreme = estimate(asked, confidence, "CoT", "direct")
-    over = [confidence(p["CoT"], t) - accuracy(p["CoT"], t) for p, t in asked]
+    direct = estimate(tables, ece, "both orders")
+    extreme = estimate(tables, confidence, "CoT", "both orders")
+    over = [confidence(p["CoT"], t) - accuracy(p["CoT"], t) for p, t in tables]
     calibrated = max(seed["mean"] for seed in direct["seeds"]) <= CALIBRATED
     ways = {"without chain of thought": "own", "with it": "cot1"}
     aware = [
@@ -179,11 +177,11 @@ def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
         above("Chain of thought makes the judge more accurate (Fig. 4)", "accuracy on the question that is asked, with "
               "one chain of thought minus without", gain(skills, "cot1", "own")),
         above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score there, of 1 minus 5", fewer),
-        claim("Labels without CoT are well calibrated (Fig. 9)", "calibration error on the question that is "
-              f"asked: at most {CALIBRATED} on every seed", REPRODUCED if calibrated else NOT_REPRODUCED, direct),
+        claim("Labels without CoT are well calibrated (Fig. 9)", "calibration error by total harm at most "
+              f"{CALIBRATED} on every seed", REPRODUCED if calibrated else NOT_REPRODUCED, direct),
         claim("CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)",
-              "confidence there, of CoT minus direct: above 0 on every seed, interval above 0; confidence of CoT above "
-              "its accuracy on every seed", REPRODUCED if sure else NOT_REPRODUCED, extreme),
+              "confidence of CoT minus direct: above 0 on every seed, interval above 0; confidence of CoT above its "
+              "accuracy by total harm on every seed", REPRODUCED if sure else NOT_REPRODUCED, extreme),
         ensemble("with chains of thought", aware[1], estimate(tables, accuracy, "CoT, 4 principles", "CoT")),
         ensemble("without", aware[0], estimate(tables, accuracy, "16 principles", "both orders")),
         above("Asking in both orders helps (Lee et al. 2023)", "accuracy of both orders minus one",

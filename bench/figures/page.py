@@ -50,7 +50,7 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
              f"**Here:** {words['ours'].strip()}", "", f"![{words['title']}](results/figures/{name}.svg)", "",
              "| finding | verdict | value | seeds | rule |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [row(claim) for claim in result["claims"]]
-    if result["ended"]:
+    if result.get("ended"):
         lines += ["", f"Ended by a guard before the last iteration: {'; '.join(result['ended'])}."]
     if words["note"].strip():
         lines += ["", words["note"].strip()]
