@@ -1,6 +1,6 @@
 """The figures' statistics: intervals, and verdicts on planted trends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -190,3 +190,86 @@ def test_reward_in_the_square_root_of_kl() -> None:
     x, y = reinforcement.curve({"rl/kl_exact": [0.0, 1.0, 4.0, None], "rl/score": [1.0, 2.0, 3.0, 4.0]})
     assert x == [0, 1, 2] and reinforcement.explained(x, y) == pytest.approx(1.0)
     assert reinforcement.explained(x, y[::-1]) == pytest.approx(-1.0) and reinforcement.explained(x, [2.0] * 3) == 0
+
+
+def answered(seed: int, *, harm: float = 0.5, helpful: float = 0.8, objects: float = 0.0, kl: float = 0.5,
+             score: float = 0.0, held_out: float = 0.0) -> dict[str, list]:  # fmt: skip
+    """A policy's answers to a group of prompts, by their means."""
+    draw = np.random.default_rng(seed)
+    noise = 0.1 * draw.standard_normal((5, 120))
+    return {
+        "prompt": PROMPTS, "harm": (harm + noise[0]).tolist(), "helpful": (helpful + noise[1]).tolist(),
+        "evasive": [0.0] * 120, "malformed": [0.0] * 120, "kl": (kl + noise[2]).tolist(),
+        "objection": (draw.uniform(size=120) < objects).astype(float).tolist(),
+        "pm": (score + 10 * noise[3]).tolist(), "pm_eval": (held_out + 10 * noise[4]).tolist(),
+    }  # fmt: skip
+
+
+class PlantedPolicies(Results):
+    """Results that are made up: what `facts(job, step)` says of each policy's answers; SL-CAI has the defaults."""
+
+    def __init__(self, seed: int, facts: Callable[[str, int], dict[str, float]], curve: Sequence[float] = ()) -> None:
+        self.world, self.facts, self.curve = World(seed, QUICK), facts, list(curve)
+
+    def of(self, job: Job) -> dict[str, Any]:
+        name, last = job.name.split("/")[1], 80 if "labels" in job.name else 40
+
+        def groups(step: int) -> dict[str, dict[str, list]]:
+            facts = {} if name == "main" else self.facts(name, step)
+            return {g: answered(100 * self.world.seed + step, **facts) for g in ("red_team", "benign")}
+
+        policies = {policy: groups(last) for policy in ("base", "sl_cai", "rl_cai")}
+        training = {"rl/kl_exact": [k**2 for k in range(len(self.curve))], "rl/score": self.curve}
+        steps = range(20 if last == 80 else 8, last + 1, 20 if last == 80 else 8)
+        return {"policies": policies, "snapshots": {str(s): groups(s) for s in steps}, "training": training}
+
+
+def policy_verdicts(evaluate: Callable, facts: Callable[[str, int], dict[str, float]], *curve: float) -> list[str]:
+    return verdicts(evaluate([PlantedPolicies(s, facts, curve) for s in range(3)]))
+
+
+def test_labels_that_matter_to_policies_are_told_from_those_that_do_not() -> None:
+    hard, sure = {"harm": 0.9, "helpful": 0.5}, {"kl": 2.0}
+
+    def planted_labels(name: str, step: int) -> dict[str, float]:
+        kind = {"labels_hard": hard, "labels_cot": sure}.get(name, {})
+        return kind | {"objects": 0.6 if step > 40 else 0.1}
+
+    assert policy_verdicts(reinforcement.soft_hard, planted_labels) == [REPRODUCED] * 4
+    assert policy_verdicts(reinforcement.soft_hard, lambda name, step: {}) == [NOT_REPRODUCED] * 4
+    swapped = policy_verdicts(reinforcement.soft_hard, lambda name, step: hard if name == "labels_soft" else {})
+    assert swapped == [NOT_REPRODUCED] * 4
+    # boilerplate of one kind of label out of four, and less of it with the others, is none
+    one = policy_verdicts(
+        reinforcement.soft_hard, lambda name, step: {"objects": 0.4 if (name == "labels_hard") == (step > 40) else 0.1}
+    )
+    assert one[3] == NOT_REPRODUCED
+
+
+def test_a_weight_that_makes_policies_annoying_is_found() -> None:
+    heavy = {"harm": 0.1, "helpful": 0.4, "objects": 0.8}
+    assert (
+        policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8" else {}) == [REPRODUCED] * 3
+    )
+    light = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_0.25" else {})
+    assert light == policy_verdicts(reinforcement.weight, lambda name, _: {}) == [NOT_REPRODUCED] * 3
+
+
+def test_reward_that_is_bought_with_kl_is_found() -> None:
+    bought = {"kl": 3.0, "score": 4.0, "held_out": 2.0}
+
+    def low(name: str, _: int) -> dict[str, float]:
+        return bought if name == "kl_coef_0.03" else {}
+
+    assert policy_verdicts(reinforcement.frontier, low, 0.0, 1.1, 1.9, 3.0) == [REPRODUCED] * 3
+    falling = policy_verdicts(reinforcement.frontier, low, 3.0, 2.0, 1.0, 0.0)
+    assert falling == [REPRODUCED, NOT_REPRODUCED, REPRODUCED]
+    assert policy_verdicts(reinforcement.frontier, lambda name, _: {}, 1.0, 1.0, 1.0) == [NOT_REPRODUCED] * 3
+
+
+def test_all_algorithms_are_judged_alike() -> None:
+    def good(name: str, _: int) -> dict[str, float]:
+        return {"harm": 0.2} if name != "grpo" else {"harm": 0.2, "helpful": 0.7}
+
+    expected = [REPRODUCED, REPRODUCED, NOT_REPRODUCED, REPRODUCED]
+    assert policy_verdicts(reinforcement.algorithms, good) == expected
