@@ -78,8 +78,8 @@ def distinct(sequences: Sequence[Sequence[int]]) -> int:
     return sum(map(len, ordered)) - sum(len(commonprefix(pair)) for pair in pairwise(ordered))
 
 
-def on_policy(p: Products, work: Work, critic: bool) -> None:
-    """Sampling, scores, the reference's log-probabilities, the update, and that of a critic of its own."""
+def on_policy(p: Products, work: Work, critic: bool, epochs: int) -> None:
+    """Sampling, scores, the reference's log-probabilities, the updates, and those of a critic of its own."""
     repeat, answers = len(work.lengths) // len(work.sequences), sum(work.lengths)
     prompts = [len(ids) for ids in work.sequences for _ in range(repeat)]
     distinct_prompts = sum(map(len, work.sequences))
@@ -88,10 +88,11 @@ def on_policy(p: Products, work: Work, critic: bool) -> None:
     p.trunk(distinct_prompts + answers)  # the preference model
     p.trunk(packed)  # the reference
     p.logits(answers)
-    p.trunk(packed, backward=True)
-    p.logits(answers, backward=True)
-    if critic:
+    for _ in range(epochs):
         p.trunk(packed, backward=True)
+        p.logits(answers, backward=True)
+        if critic:
+            p.trunk(packed, backward=True)
 
 
 def floor(place: Place, stage: str) -> Step:
@@ -116,7 +117,7 @@ def floor(place: Place, stage: str) -> Step:
             p.trunk(sum(map(distinct, groups)))
             p.logits(len(lengths))
         else:
-            on_policy(p, work, critic=stage == "ppo")
+            on_policy(p, work, critic=stage == "ppo", epochs=place.settings.epochs if stage == "ppo" else 1)
         return Done(0)
 
     return step

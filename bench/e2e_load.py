@@ -75,7 +75,7 @@ class Settings:
     kl_coef: float = 0.05
     clip_coef: float = 0.2
     epochs: int = 1
-    """Passes of PPO over a step's answers."""
+    """Passes of PPO over a step's answers; RLOO and GRPO take one."""
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ class OnPolicy:
                              deterministic=place.device.type == "cpu")  # fmt: skip
         cfg = RlConfig(
             algorithm=algorithm, critic="own", temperature=1.0, kl_coef=s.kl_coef, clip_coef=s.clip_coef,
-            epochs=s.epochs, lr=s.rl_lr, critic_lr=s.rl_lr, vf_coef=0.1, micro_tokens=MICRO_TOKENS,
-            samples_per_prompt=place.size.samples,
+            epochs=s.epochs if algorithm == "ppo" else 1, lr=s.rl_lr, critic_lr=s.rl_lr, vf_coef=0.1,
+            micro_tokens=MICRO_TOKENS, samples_per_prompt=place.size.samples,
         )  # fmt: skip
         critic = Critic(place.model("pm")) if algorithm == "ppo" else None
         self.trainer = PolicyGradient(self.policy, reference, critic, cfg, seed=0, dist=place.dist)

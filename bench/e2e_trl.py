@@ -232,6 +232,7 @@ class ForcedLengths:
 
         self.prompts: list[list[int]] = []
         self.lengths: list[int] = []
+        self.sampled: Tensor = torch.empty(0, 0)
         original, calls = model.generate, iter(lengths)
 
         def generate(*args: Any, **options: Any) -> Any:
@@ -239,13 +240,17 @@ class ForcedLengths:
             self.prompts = real(options["input_ids"], options["attention_mask"])
             force = ForcedStop(self.lengths, options["input_ids"].device, EOS)
             options["logits_processor"] = LogitsProcessorList([force])
-            return original(*args, **options)
+            result = original(*args, **options)
+            self.sampled = getattr(result, "sequences", result)[:, options["input_ids"].shape[1] :]
+            return result
 
         model.generate = generate
 
     def done(self) -> tuple[Work, Done]:
-        """The last call."""
-        return Work(self.prompts, lengths=self.lengths), Done(sum(self.lengths))
+        """The last call, with the tokens that it did sample."""
+        ends = self.sampled == EOS
+        counts = torch.where(ends.any(1), ends.int().argmax(1) + 1, self.sampled.shape[1])
+        return Work(self.prompts, lengths=self.lengths), Done(int(counts.sum()))
 
 
 def group(peer: Peer, algorithm: str) -> None:
@@ -319,7 +324,7 @@ def generate(peer: Peer) -> None:
 
     model, size = peer.model("policy", peer.inference).eval(), peer.place.size
     works = peer.works("generate")
-    ForcedLengths(model, [work.lengths for work in works])
+    forced = ForcedLengths(model, [work.lengths for work in works])
     config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=size.response[1], pad_token_id=PAD,
                               eos_token_id=EOS)  # fmt: skip
     device = peer.place.device
@@ -329,9 +334,8 @@ def generate(peer: Peer) -> None:
         ids = torch.tensor([[PAD] * (width - len(p)) + p for p in work.sequences], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in work.sequences], device=device)
         with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        ends = (out[:, width:] == EOS).int().argmax(1) + 1
-        peer.turns(work, Done(int(ends.sum())))
+            model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        peer.turns(work, forced.done()[1])
 
 
 def judge(peer: Peer) -> None:

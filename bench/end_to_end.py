@@ -8,7 +8,7 @@ steps. Peak memory is each side's alone, in a fresh process on the same works.
 
 What is timed is a whole step, from the end of the last one: collating, forward, backward, clipping, AdamW, and for RL
 sampling, scoring and log-probabilities. Loading and the first steps are not. TRL's PPO left it after 1.12:
-`pip install --no-deps --target DIR trl==1.12.0` and --ppo-trl-path DIR.
+`pip install --no-deps --target DIR trl==1.12.0` and --ppo-trl-path DIR. Exit code 1 if a stage could not be measured.
 """
 
 import argparse
@@ -163,6 +163,7 @@ def main() -> int:
     torch.set_num_threads(chosen.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {**environment(), "command": command(chosen), "preset": chosen.preset, "stages": {}}
+    chosen.out.mkdir(parents=True, exist_ok=True)  # now, not after an hour
     path = chosen.out / f"end_to_end-{device}.json"
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -174,13 +175,14 @@ def main() -> int:
             print(line(stage, found), flush=True)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
+    failed = any("failed" in found for found in result["stages"].values())
     try:
         from bench.e2e_chart import draw
     except ModuleNotFoundError as error:
         print(f"no chart: {error.name} is not installed here")
-        return 0
+        return int(failed)
     draw(result, chosen.peer.upper(), path.with_suffix(".svg"))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

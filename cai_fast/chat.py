@@ -200,6 +200,9 @@ class Chat:
                     self.say(line.removeprefix("/") if line.startswith("//") else line)
             except InputError as error:
                 note(f"error: {error}")
+            except KeyboardInterrupt:  # before an answer began, or after it: the message counts as not sent
+                self.cut(2 * min(len(speaker.replies) for speaker in self.speakers))
+                note("")
 
     def command(self, name: str, value: str) -> None:
         """Do what a line with a slash says."""

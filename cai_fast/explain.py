@@ -226,9 +226,12 @@ class Explainer:
         if str(folder) not in self._models:
             self._models[str(folder)] = hash_model(folder) if any(folder.glob("*.safetensors")) else ""
         found = self._models[str(folder)]
-        state = (
-            "holds this model" if found == digest else f"holds another model, {found}" if found else "no model there"
-        )
+        if not found:
+            state = "no model there"
+        elif digest:
+            state = "holds this model" if found == digest else f"holds another model, {found}"
+        else:
+            state = f"holds {found}; whether it is this model was not recorded"
         return facts | {"folder": str(folder), "state": state}
 
     def _constitution(self, row: Row) -> Constitution | str:

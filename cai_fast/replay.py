@@ -71,6 +71,8 @@ def verify(
 def _verify(
     run: RunFiles, draw: Draw, origin: Row, turns: tuple[Turn, ...], tokens: dict[str, Any], device: str
 ) -> Row:
+    if not draw.model:
+        return {"same": None, "result": "cannot be sampled again: the hash of its model was not recorded"}
     folder = run.model_folder(draw.role)
     there = any(folder.glob("*.safetensors"))
     if not there or hash_model(folder) != draw.model:

@@ -88,7 +88,7 @@ class RunFiles:
         """The role of the policy after so many iterations of RL, empty where no checkpoint of it was made."""
         if step == 0:
             return "sl_cai"
-        if step == self.finished("rl")["summary"].get("iterations"):
+        if step == self.stages.get("rl", {}).get("summary", {}).get("iterations"):
             return "rl_cai"
         return name if kind(self.model_folder(name := f"{SNAPSHOT}{step:05}")) else ""
 

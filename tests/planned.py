@@ -24,7 +24,8 @@ from cai_fast.runlog import Mean
 def settings(folder: Path, model: ModelConfig, length: int, words: str = "") -> config.Config:
     """A configuration whose model.base has only a config.json, and whose sequences have `length` tokens."""
     (folder / "config.json").write_text(json.dumps(model.to_hf("lm")))
-    half = ("data.max_prompt_tokens", "revise.max_new_tokens", "compare.max_new_tokens", "rl.max_new_tokens")
+    half = ["data.max_prompt_tokens", "revise.max_new_tokens", "compare.max_new_tokens"]
+    half += [] if "dpo" in words else ["rl.max_new_tokens"]
     fixed = [f"--model.base {folder} --data.preferences x", *(f"--{name} {length // 2}" for name in half)]
     return config.load(" ".join([*fixed, words]).split())
 

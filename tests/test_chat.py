@@ -156,6 +156,26 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_got(model: Path, monkeyp
     assert speaker.replies[0].finish_reason != "interrupted" and speaker.replies[0].token_ids[:3] == whole[:3]
 
 
+def test_a_message_that_is_interrupted_between_answers_counts_as_not_sent(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session, path = opened(model, model), tmp_path / "talk.jsonl"
+    answer, calls = Speaker.answer, []
+
+    def interrupted(self: Speaker, *given: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 4:  # the second model's second answer
+            raise KeyboardInterrupt
+        return answer(self, *given)
+
+    monkeypatch.setattr(Speaker, "answer", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello\nlost\nAnd then?\n/save {path}\n"))
+    session.run()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["text"] for row in rows if row["role"] == "human"] == ["Hello", "And then?"] * 2
+    assert [len(speaker.turns) for speaker in session.speakers] == [4, 4]
+
+
 def test_a_text_is_printed_as_it_grows_and_nothing_is_printed_twice(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

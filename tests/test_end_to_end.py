@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,6 +227,39 @@ def test_floors_multiply_each_weight_with_the_rows_of_the_work(place: Place, mon
     assert e2e_floor.distinct([[1, 2, 3], [1, 2], [1, 4]]) == 4
 
 
+def test_further_epochs_are_ppos_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer's other algorithms take one pass over their answers, whatever --epochs says."""
+    made: list[Counted] = []
+    monkeypatch.setattr(e2e_floor, "Products", lambda place: made.append(Counted(place)) or made[-1])
+    twice = dataclasses.replace(place, settings=Settings(epochs=2))
+    work = {stage: draw(SMALL, stage, 1)[0] for stage in ("rloo", "grpo", "ppo")}
+    for stage, more in (("rloo", False), ("grpo", False), ("ppo", True)):
+        assert e2e_ours.STEPS[stage](twice).trainer.settings.epochs == 1 + more
+        for chosen in (place, twice):
+            e2e_floor.floor(chosen, stage)(work[stage])
+        assert (made[-1].total > made[-2].total) == more
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_tokens_that_the_peer_sampled_are_counted(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    stand_in = types.SimpleNamespace(LogitsProcessorList=list)
+    monkeypatch.setitem(sys.modules, "transformers", stand_in)
+    prompts = torch.tensor([[0, 5], [6, 7]])
+    answers = [[[8, EOS, 0], [8, 9, EOS]], [[8, 9, 9], [8, EOS, 0]]]  # in the second call a row has no end
+
+    def generate(input_ids: torch.Tensor, **_: object) -> object:
+        out = torch.cat([input_ids, torch.tensor(answers.pop(0))], dim=1)
+        return types.SimpleNamespace(sequences=out) if wrapped else out
+
+    model = types.SimpleNamespace(generate=generate)
+    forced = e2e_trl.ForcedLengths(model, [[2, 3], [2, 2]])
+    for counted in (5, 5):
+        model.generate(input_ids=prompts, attention_mask=torch.tensor([[0, 1], [1, 1]]))
+        work, done = forced.done()
+        assert work.sequences == [[5], [6, 7]] and done.tokens == counted
+    assert sum(work.lengths) == 4  # was asked for: `compare` will refuse
+
+
 def test_a_floor_runs(place: Place) -> None:
     for stage in STAGES:
         assert e2e_floor.floor(place, stage)(draw(SMALL, stage, 1)[0]) == Done(0)
@@ -278,6 +312,23 @@ def test_a_stage_is_timed_before_its_memory_is_taken_on_the_same_works(tmp_path:
     ]  # fmt: skip
     failed = end_to_end.run_stage(end_to_end.options([]), tmp_path, "ppo", lambda *_: {"failed": "Absent: no PPO"})
     assert failed == {"failed": "Absent: no PPO"} and "not measured: Absent: no PPO" in end_to_end.line("ppo", failed)
+
+
+def test_a_stage_that_was_not_measured_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(e2e_trl, "peer", lambda: None)
+    monkeypatch.setattr(end_to_end, "make_folders", lambda *_: None)
+    monkeypatch.setattr("bench.e2e_chart.draw", lambda *_: None)
+    out = tmp_path / "new" / "folder"
+    monkeypatch.setattr(sys, "argv", ["end_to_end", "--only", "sft", "--out", str(out)])
+    for found, code in (({"failed": "Differs: not the same"}, 1), (found_of(), 0)):
+        memory = {"memory MiB": dict.fromkeys(("ours", "peer"), {"peak": 1.0, "imports": 0.0})}
+        monkeypatch.setattr(end_to_end, "run_stage", lambda *_, found=found, memory=memory: found | memory)
+        assert end_to_end.main() == code
+        written = json.loads((out / "end_to_end-cpu.json").read_text())["stages"]["sft"]
+        assert written.get("failed") == found.get("failed")
+    assert "not measured: Differs" in capsys.readouterr().out
 
 
 def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

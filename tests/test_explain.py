@@ -109,6 +109,7 @@ def test_the_policy_of_a_rollout_is_the_checkpoint_of_its_iteration(run: Path) -
     outputs = {path.relative_to(run).as_posix(): facts_of(path) for path in files}
     manifest["stages"]["rl"] = {"status": "finished", "starts": 1, "settings": {}, "inputs": {}, "outputs": outputs,
                                 "summary": {"iterations": 4}}  # fmt: skip
+    whole = json.loads(json.dumps(manifest))
     (run / "manifest.json").write_text(json.dumps(manifest))
     rows = [Rollout(f"o{n}", "p0", n, "x", 0.5, 0.1, 0, {"policy_step": n, "pm": "m"}) for n in range(5)]
     write_jsonl(run / "rollouts.jsonl", rows)
@@ -118,6 +119,12 @@ def test_the_policy_of_a_rollout_is_the_checkpoint_of_its_iteration(run: Path) -
     ]  # fmt: skip
     assert [policies[n]["hash"] for n in (2, 4)] == [hash_model(folder), hash_model(last)]
     assert policies[2]["state"] == policies[4]["state"] == "holds this model"
+    del manifest["stages"]["rl"]["summary"], manifest["stages"]["rl"]["outputs"]
+    unfinished = manifest | {"stages": manifest["stages"] | {"rl": manifest["stages"]["rl"] | {"status": "started"}}}
+    (run / "manifest.json").write_text(json.dumps(unfinished))
+    assert explained(run, "o2")["policy"]["state"].endswith("not recorded")
+    assert explained(run, "o4")["policy"]["missing"] == "its weights were not exported"
+    (run / "manifest.json").write_text(json.dumps(whole))
     (folder / "model.safetensors").write_text("other")
     assert explained(run, "o2")["policy"]["state"].startswith("holds another model")
     assert explained(run, "o4")["preference_model"]["state"] == "no model there"

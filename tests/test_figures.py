@@ -1,4 +1,4 @@
-"""The suite of figures: jobs done once, resumed and redone; intervals and verdicts on planted trends; the page."""
+"""The suite of figures: jobs done once, resumed and redone; the page."""
 
 import json
 import os
@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bench.figures import __main__ as command
-from bench.figures import feedback, figure, graph, page, ratings, reinforcement, stats, supervised
+from bench.figures import figure, graph, page
 from bench.figures.graph import Job, Suite
-from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
 from bench.figures.world import FULL, QUICK, UPSTREAM, Results, World
 from bench.forks import Run
 from cai_fast import config
-
-PROMPTS = [f"p{n}" for n in range(120)]
+from tests.test_figure_claims import Planted, planted
 
 
 class Pipe:
@@ -176,144 +173,30 @@ def test_a_figure_without_truth_says_so() -> None:
             assert "make_judge" not in str(job)
 
 
-def planted(levels: Sequence[float], noise: float, seed: int, rows: int = 120) -> dict[str, dict[str, list]]:
-    """Chains whose score and helpfulness at revision k have mean levels[k], and whose harm falls by as much."""
-    draw = np.random.default_rng(seed)
-    result = {}
-    for k, level in enumerate(levels):
-        score = level + noise * draw.standard_normal(rows)
-        result[str(k)] = {"prompt": PROMPTS[:rows], "pm_eval": score.tolist(), "harm": (5 - score).tolist(),
-                          "helpful": (0.5 + 0 * score).tolist(), "text": [f"a b c {seed}"] * rows}  # fmt: skip
-    return result
+def test_a_run_that_a_guard_ended_is_named(tmp_path: Path) -> None:
+    found, job = Results(Suite(tmp_path), World(0, QUICK)), World(0, QUICK).rl_default()
+    assert found.ended(job) == ""
+    manifest = tmp_path / "runs" / job.name / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    for guard, said in (("", ""), ("kl", "seed_0/rl: guard kl, the policy after 24 iterations is the last")):
+        summary = {"guard_name": guard, "iterations": 24}
+        manifest.write_text(json.dumps({"stages": {"rl": {"summary": summary}}}))
+        assert found.ended(job) == said
 
 
-class Planted(Results):
-    """Results that are made up: the tables of chains of every job, by its name."""
-
-    def __init__(self, seed: int, tables: dict[str, dict[str, dict[str, list]]]) -> None:
-        self.world, self.tables = World(seed, QUICK), tables
-
-    def chains(self, job: Job) -> dict[str, dict[str, list]]:
-        return self.tables.get(job.name.split("/")[1], self.tables[""])
-
-
-def verdicts(found: dict[str, Any]) -> list[str]:
-    return [claim["verdict"] for claim in found["claims"]]
-
-
-def test_revisions_that_help_are_found_and_those_that_do_not_are_not() -> None:
-    rising = [Planted(s, {"": planted([0, 1, 1.4, 1.6, 1.7], 0.5, s)}) for s in range(3)]
-    assert verdicts(supervised.revisions(rising)) == [REPRODUCED, REPRODUCED, REPRODUCED, NOT_REPRODUCED]
-    noise = [Planted(s, {"": planted([0, 0, 0, 0, 0], 1.0, s)}) for s in range(3)]
-    assert verdicts(supervised.revisions(noise)) == [NOT_REPRODUCED] * 4
-    falling = [Planted(s, {"": planted([0, -1, -2, -3, -4], 0.5, s)}) for s in range(3)]
-    assert set(verdicts(supervised.revisions(falling))) == {NOT_REPRODUCED}
-
-
-def test_one_seed_that_disagrees_spoils_a_trend() -> None:
-    results = [Planted(s, {"": planted([0, 1, 2, 3, 4] if s else [0, -0.1, -0.2, -0.3, -0.4], 0.1, s)})
-               for s in range(3)]  # fmt: skip
-    assert verdicts(supervised.revisions(results))[:2] == [NOT_REPRODUCED] * 2
-
-
-def test_a_positive_number_needs_every_seed() -> None:
-    def verdict(*means: float) -> str:
-        return stats.positive({"lo": 0.1, "seeds": [{"mean": mean} for mean in means]})
-
-    assert verdict(1, 2, 3) == REPRODUCED and verdict(1, 2, 3, 4, -0.1) == NOT_REPRODUCED
-
-
-def test_no_difference_is_told_from_a_difference_and_from_too_few_prompts() -> None:
-    def result(one: float, noise: float) -> str:
-        tables = {"": planted([0, 1, 2, 3, 4], noise, 0), "principles_general_1": planted([0, 1, 2, 3, one], noise, 1)}
-        return verdicts(supervised.principles([Planted(s, tables) for s in range(3)]))[0]
-
-    assert result(4, 0.1) == REPRODUCED and result(2, 0.1) == NOT_REPRODUCED and result(4, 5.0) == NOT_TESTABLE
-
-
-def test_critiques_that_help_small_models_only_are_found() -> None:
-    def results(small: float, large: float) -> list[Planted]:
-        return [Planted(s, {
-            "": planted([0, 1, 2, 3, 4], 0.3, s), "base_small": planted([0, 1, 2, 3, 4 + small], 0.3, s + 9),
-            "base_large": planted([0, 1, 2, 3, 4 + large], 0.3, s + 19),
-        }) for s in range(3)]  # fmt: skip
-
-    assert verdicts(supervised.critique(results(1, 0.1))) == [REPRODUCED, REPRODUCED, REPRODUCED]
-    assert verdicts(supervised.critique(results(1, 1)))[:2] == [REPRODUCED, NOT_REPRODUCED]
-    assert verdicts(supervised.critique(results(0, -1))) == [NOT_REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED]
-
-
-def test_the_mean_of_seeds_and_its_interval() -> None:
-    found = stats.means([[1.0, 1.0], [3.0, 3.0]])
-    assert found["mean"] == 2.0 and (found["lo"], found["hi"]) == (1.0, 3.0)  # all its width is that between seeds
-    assert [seed["mean"] for seed in found["seeds"]] == [1.0, 3.0] and found["seeds"][0]["n"] == 2
-    within = stats.means([np.random.default_rng(0).standard_normal(400)])
-    assert 0.16 < within["hi"] - within["lo"] < 0.24  # 2 x 1.96 / 20
-    with pytest.raises(stats.Nothing):
-        stats.means([[1.0], []])
-
-
-def test_noise_is_rarely_taken_for_a_trend() -> None:
-    draw = np.random.default_rng(5)
-    found = [stats.positive(stats.means(draw.standard_normal((3, 50)))) for _ in range(100)]
-    assert found.count(REPRODUCED) <= 10  # three signs alike are 1 in 8
-
-
-def test_differences_are_taken_on_the_prompts_that_both_have() -> None:
-    first, second = {"prompt": ["a", "b", "c"], "x": [1, 2, 3]}, {"prompt": ["c", "b"], "x": [1, 5]}
-    assert stats.paired(first, second, "x") == [-3, 2]
-
-
-def test_labels_are_measured_by_hand() -> None:
-    # Pairs by [principle][order]: the first is better in both; the judge is right, and once only in one order.
-    columns = {"harm": [-1, -2], "direct": [[[0.9, 0.7]], [[0.6, 0.2]]],
-               "cot1": [[[1.0, 1.0], [0.4, 0.2]], [[0.9, 0.9], [0.9, 0.9]]],
-               "cot": [[[1.0, 0.9]], [[0.6, 0.6]]]}  # fmt: skip
-    probs, truth = feedback.table(columns)
-    assert truth.tolist() == [1, 1] and np.allclose(probs["both orders"], [0.8, 0.4])
-    assert probs["hard"].tolist() == [1, 0] and probs["CoT in 40-60 %"].tolist() == [0.6, 0.6]
-    assert np.allclose(probs["CoT, 4 principles"], [0.65, 0.9])
-    assert feedback.accuracy(probs["one order"], truth) == 1 and feedback.accuracy(probs["both orders"], truth) == 0.5
-    assert feedback.brier(probs["both orders"], truth) == pytest.approx((0.04 + 0.36) / 2)
-    assert feedback.confidence(probs["both orders"], truth) == pytest.approx((0.8 + 0.6) / 2)
-
-
-def test_a_calibrated_label_has_no_calibration_error_and_a_sure_one_has() -> None:
-    draw = np.random.default_rng(0)
-    p = draw.uniform(0, 1, 4000)
-    truth = (draw.uniform(0, 1, 4000) < p).astype(float)
-    assert feedback.ece(p, truth) < 0.03 and feedback.ece((p > 0.5).astype(float), truth) > 0.2
-
-
-def policy(harm: float, helpful: float, seed: int) -> dict[str, list]:
-    draw = np.random.default_rng(seed)
-    return {"prompt": PROMPTS, "harm": draw.poisson(harm, 120).tolist(), "evasive": [0.0] * 120,
-            "helpful": np.clip(helpful + 0.05 * draw.standard_normal(120), 0, 1).tolist(),
-            "pm_eval": (-draw.poisson(harm, 120)).tolist()}  # fmt: skip
-
-
-def test_elo_orders_policies_by_what_they_did() -> None:
-    players = [{"base": policy(2.0, 0.9, s), "SL-CAI": policy(0.8, 0.9, s + 5), "40": policy(0.05, 0.9, s + 9)}
-               for s in range(3)]  # fmt: skip
-    every = [ratings.games(p, "less harm") for p in players]
-    elo = ratings.ratings(every, ["base", "SL-CAI", "40"])
-    assert stats.positive(elo("SL-CAI", "base")) == stats.positive(elo("40")) == REPRODUCED
-    assert stats.positive(elo("base")) == NOT_REPRODUCED and elo("SL-CAI")["mean"] == 0
-    assert np.allclose(every[0] + every[0].transpose(0, 2, 1), 1 - np.eye(3))
-
-
-def test_an_algorithm_must_lower_harm_and_keep_helpfulness() -> None:
-    start, base = ([policy(1.0, 0.9, s + shift) for s in range(3)] for shift in (0, 50))
-    good, idle = ([policy(harm, 0.9, s + 20) for s in range(3)] for harm in (0.2, 1.0))
-    dull = [policy(0.2, 0.5, s + 30) for s in range(3)]
-    found = [reinforcement.works("x", harm, start, helps, base)["verdict"]
-             for harm, helps in ((good, good), (idle, good), (good, dull))]  # fmt: skip
-    assert found == [REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED]
-
-
-def test_reward_in_the_square_root_of_kl() -> None:
-    x, y = reinforcement.curve({"rl/kl_exact": [0.0, 1.0, 4.0, None], "rl/score": [1.0, 2.0, 3.0, 4.0]})
-    assert x == [0, 1, 2] and reinforcement.explained(x, y) == pytest.approx(1.0)
+def test_what_is_typed_is_recorded_without_folders_and_trials_leave_the_committed_results_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, options = command.parse(["--quick", "--folder", "/somewhere", "--jobs", "1"])
+    assert options.out == page.RESULTS and command.given(options) == "python -m bench.figures --seeds 3 --quick"
+    for words in (["--tiny"], ["--config", "/somewhere/own.toml"]):
+        _, options = command.parse([*words, "--only", "elo", "--folder", "/somewhere"])
+        assert options.out == Path("/somewhere/figures") and "/somewhere" not in command.given(options)
+    assert command.given(options) == "python -m bench.figures --only elo --seeds 3 --config own.toml"
+    for wrong in (["--seeds", "0"], ["--jobs", "0"], ["--quick", "--tiny"]):
+        with pytest.raises(SystemExit):
+            command.parse(wrong)
+    assert "--seeds and --jobs must be at least 1; got 0 and 2" in capsys.readouterr().err
 
 
 def test_every_figure_has_its_words_and_a_place_on_the_page() -> None:

@@ -111,15 +111,15 @@ def rl_moments(cfg: Config, where: Machine) -> Moments:
 
 
 @pytest.mark.parametrize("words", [
-    "detached", "pm", "pm --model.dtype bfloat16", "pm --rl.algorithm rloo", "pm --rl.kl_estimator exact",
-    "detached --rl.algorithm grpo --rl.kl_estimator exact",
+    "--rl.critic detached", "--rl.critic pm", "--rl.critic pm --model.dtype bfloat16", "--rl.algorithm rloo",
+    "--rl.critic pm --rl.kl_estimator exact", "--rl.algorithm grpo --rl.kl_estimator exact",
 ])  # fmt: skip
 def test_the_peak_of_iterations_of_ppo(words: str, tmp_path: Path) -> None:
     """The plan takes every row for an answer's, and here half of them are a prompt's: it is up to 15 % above."""
     rows = 8
     sizes = f"--rl.prompts_per_step {rows} --rl.micro_tokens {rows * LENGTH // 2} --rl.epochs 1 --engine.max_batch 8"
     asked = f"--rl.samples_per_prompt {1 + ('algorithm' in words)} --guards.pm_eval_every 0"
-    cfg = small(tmp_path, f"{sizes} {asked} --rl.critic {words}")
+    cfg = small(tmp_path, f"{sizes} {asked} {words}")
     made = actors(cfg, shaped(), "cpu")
     engine, answered = answers(cfg, made.ppo, LENGTH)
     with LiveBytes([*made.weights, engine._cache.kv]) as live:

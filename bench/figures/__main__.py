@@ -34,7 +34,9 @@ def make(figure: Figure, results: Sequence[Results], command: str, out: Path) ->
     found = stats.rounded(figure.evaluate(results))
     result = {
         "figure": figure.name, "command": command, "seeds": [r.world.seed for r in results],
-        "environment": environment(), "claims": found["claims"], "panels": found["panels"],
+        "environment": environment(), "ended": [text for r in results for job in figure.jobs(r.world)
+                                                if (text := r.ended(job))],
+        "claims": found["claims"], "panels": found["panels"],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     draw(page.texts()[figure.name]["title"], found["panels"], out / f"{figure.name}.svg")
@@ -51,14 +53,15 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def said(options: argparse.Namespace) -> str:
-    """The command that gives these numbers: without folders and the number of processes."""
-    words = [f"--{options.sizes}"] if options.sizes else []
-    words += ["--config", options.config] if options.config != TOY else []
-    return " ".join(["python -m bench.figures", *words, "--seeds", str(options.seeds)])
+def given(options: argparse.Namespace) -> str:
+    """What was typed, without folders of this machine."""
+    only = "" if options.only == ",".join(page.ORDER) else f" --only {options.only}"
+    size = f" --{options.sizes}" if options.sizes else ""
+    config = "" if options.config == TOY else f" --config {Path(options.config).name}"
+    return f"python -m bench.figures{only} --seeds {options.seeds}{size}{config}"
 
 
-def main(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.figures", description=bench.figures.__doc__,
@@ -71,9 +74,21 @@ def main(argv: Sequence[str]) -> int:
     size.add_argument("--tiny", action="store_const", dest="sizes", const="tiny", help="see that everything runs")
     parser.add_argument("--config", default=TOY, help="preset or TOML file")
     parser.add_argument("--folder", type=Path, default=Path("runs/figures"), help="runs and what is measured of them")
-    parser.add_argument("--out", type=Path, default=page.RESULTS, help="folder of the figures")
+    parser.add_argument("--out", type=Path, help="folder of the figures; unless the toy world is measured in full or "
+                        "--quick, a folder beside the runs, so that what FIGURES.md is made of stays")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     options = parser.parse_args(argv)
+    if options.out is None:
+        ours = options.config == TOY and options.sizes != "tiny"
+        options.out = page.RESULTS if ours else options.folder / "figures"
+    if min(options.seeds, options.jobs) < 1:
+        parser.error(f"--seeds and --jobs must be at least 1; got {options.seeds} and {options.jobs}")
+    return parser, options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command line says; returns the exit code."""
+    parser, options = parse(argv)
     names = [name.strip() for name in options.only.split(",")]
     if unknown := [name for name in names if name not in EVERY]:
         parser.error(f"no figure is called {unknown[0]!r}; there are {', '.join(page.ORDER)}")
@@ -83,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(str(error))
     suite = Suite(options.folder)
     failed = suite.run([job for name in names for world in chosen for job in EVERY[name].jobs(world)], options.jobs)
-    missing, command = 0, said(options)
+    missing = 0
     for name in names:
         jobs = [job for world in chosen for job in EVERY[name].jobs(world)]
         if broken := [job.name for job in jobs if suite.result(job) is None]:
@@ -91,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name}: not made; {broken[0]}: {failed.get(broken[0], 'not done')}")
             continue
         try:
-            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], command, options.out)))
+            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], given(options), options.out)))
         except stats.Nothing as reason:
             missing += 1
             print(f"{name}: not made; {reason}")

@@ -98,7 +98,7 @@ def estimate(tables: Tables, measure: Callable, first: str, second: str = "") ->
 
 
 def reliability(tables: Tables, variant: str) -> list[tuple[float, dict[str, Any]]]:
-    """(mean label, how often it was right) by fifths of the labels' range, all seeds together."""
+    """(mean label, how often it was right) by tenths of the labels' range, all seeds together."""
     p = np.concatenate([probs[variant] for probs, _ in tables])
     truth = np.concatenate([truth for _, truth in tables])
     p, truth = np.concatenate([p, 1 - p]), np.concatenate([truth, 1 - truth])
@@ -177,11 +177,11 @@ def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
         above("Chain of thought makes the judge more accurate (Fig. 4)", "accuracy on the question that is asked, with "
               "one chain of thought minus without", gain(skills, "cot1", "own")),
         above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score there, of 1 minus 5", fewer),
-        claim("Labels without CoT are well calibrated (Fig. 9)", f"calibration error <= {CALIBRATED} on every seed",
-              REPRODUCED if calibrated else NOT_REPRODUCED, direct),
+        claim("Labels without CoT are well calibrated (Fig. 9)", "calibration error by total harm at most "
+              f"{CALIBRATED} on every seed", REPRODUCED if calibrated else NOT_REPRODUCED, direct),
         claim("CoT labels are near 0 or 1 and over-confident, hence the clamp (section 4.1)",
               "confidence of CoT minus direct: above 0 on every seed, interval above 0; confidence of CoT above its "
-              "accuracy on every seed", REPRODUCED if sure else NOT_REPRODUCED, extreme),
+              "accuracy by total harm on every seed", REPRODUCED if sure else NOT_REPRODUCED, extreme),
         ensemble("with chains of thought", aware[1], estimate(tables, accuracy, "CoT, 4 principles", "CoT")),
         ensemble("without", aware[0], estimate(tables, accuracy, "16 principles", "both orders")),
         above("Asking in both orders helps (Lee et al. 2023)", "accuracy of both orders minus one",

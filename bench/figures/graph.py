@@ -11,7 +11,7 @@ import json
 import queue
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,3 @@ def weights(jobs: Iterable[Job]) -> dict[str, float]:
         for other in job.needs:
             ahead[other.name] = max(ahead.get(other.name, 0.0), ahead[job.name])
     return ahead
-
-
-def jobs_of(parts: Sequence[Sequence[Job]]) -> list[Job]:
-    """The jobs of several figures in one list."""
-    return [job for part in parts for job in part]

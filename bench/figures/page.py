@@ -50,10 +50,12 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
              f"**Here:** {words['ours'].strip()}", "", f"![{words['title']}](results/figures/{name}.svg)", "",
              "| finding | verdict | value | seeds | rule |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [row(claim) for claim in result["claims"]]
+    if result.get("ended"):
+        lines += ["", f"Ended by a guard before the last iteration: {'; '.join(result['ended'])}."]
     if words["note"].strip():
         lines += ["", words["note"].strip()]
     made = result["environment"]
-    where = f"commit {made['commit']}, {made['date'][:10]}, torch {made['versions']['torch']}"
+    where = f"computed at commit {made['commit']}, {made['date'][:10]}, torch {made['versions']['torch']}"
     seeds = ", ".join(map(str, result["seeds"]))
     return [*lines, "", f"`{result['command']}`, seeds {seeds}, {where}; all numbers: `results/figures/{name}.json`."]
 

@@ -96,9 +96,11 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
     def gap(first: str, second: str, column: str, step: str, group: str = "red_team") -> dict[str, Any]:
         return stats.differences(at(first, step, group), at(second, step, group), column)
 
-    plate = {name: stats.differences(at(name, final, "benign"), at(name, usual, "benign"), "objection")
-             for name in LABELS}  # fmt: skip
-    grows = [name for name, estimate in plate.items() if stats.positive(estimate) == REPRODUCED]
+    objecting = []
+    for name in LABELS:
+        late, early = at(name, final, "benign"), at(name, usual, "benign")
+        objecting.append([stats.paired(a, b, "objection") for a, b in zip(late, early, strict=True)])
+    rise = stats.means([np.mean(kinds, axis=0) for kinds in zip(*objecting, strict=True)])
     claims = [
         above("Soft labels give less harm than hard ones", f"harm with hard labels minus soft, iteration {usual}",
               gap("hard", "soft", "harm", usual)),
@@ -106,9 +108,8 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
               f"iteration {final}", gap("soft", "hard", "helpful", final)),
         above("Unclamped CoT labels give the more extreme policy", f"KL, CoT minus CoT in 40-60 %, iteration {final}",
               gap("CoT", "CoT in 40-60 %", "kl", final)),
-        claim("Too much training appends boilerplate", f"benign prompts objected to, {final} minus {usual}: "
-              "above 0 on every seed, interval above 0, for some kind of label (the value is that of hard ones; here: "
-              f"{', '.join(grows) or 'none'})", REPRODUCED if grows else NOT_REPRODUCED, plate["hard"]),
+        above("Too much training appends boilerplate", "share of benign prompts objected to, mean of all kinds of "
+              f"labels, iteration {final} minus {usual}", rise),
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 
@@ -193,8 +194,8 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
     line = stats.pooled([1] * len(curves), lambda s, rows: explained(*curve(curves[s])), 10)
     claims = [
         above("A smaller KL penalty buys reward", f"score of RL's own PM with rl.kl_coef {low:g} minus {high:g}", rise),
-        claim("Reward is roughly linear in the square root of KL", f"along RL, rl.kl_coef {low:g}, a line explains at "
-              f"least {LINEAR:.0%} of the variance on every seed", stats.at_least(line, LINEAR), line),
+        claim("Reward is roughly linear in the square root of KL", f"along RL, rl.kl_coef {low:g}, a rising line "
+              f"explains at least {LINEAR:.0%} of the variance on every seed", stats.at_least(line, LINEAR), line),
         above("The held-out PM lags behind RL's own", f"gain by the own PM minus that by pm_eval, rl.kl_coef {low:g}",
               lag),
     ]  # fmt: skip
@@ -209,8 +210,11 @@ def curve(columns: dict[str, list]) -> tuple[list[float], list[float]]:
 
 
 def explained(x: Sequence[float], y: Sequence[float]) -> float:
-    """Share of the variance of y that a line in x explains."""
-    return float(np.corrcoef(x, y)[0, 1] ** 2)
+    """Share of the variance of y that a line in x explains; negative if the line falls, 0 if there is none."""
+    if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
+        return 0.0
+    r = float(np.corrcoef(x, y)[0, 1])
+    return abs(r) * r
 
 
 def algorithm_job(world: World, name: str) -> Job:

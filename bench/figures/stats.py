@@ -44,8 +44,8 @@ def _combined(
     """Values of the seeds [S] and of their resamples [S, samples] -> the estimate."""
     if not all(sizes):
         raise Nothing("no rows on some seed")
-    chosen = draws.integers(0, len(sizes), within.shape)
-    both = np.take_along_axis(within, chosen, axis=0).mean(0)
+    chosen = draws.integers(0, len(sizes), within.shape)  # a seed drawn twice has its prompts drawn twice
+    both = within[chosen, draws.integers(0, within.shape[1], within.shape)].mean(0)
     seeds = [
         dict(zip(("mean", "lo", "hi", "n"), (value, *np.quantile(row, [0.025, 0.975]).tolist(), n), strict=True))
         for value, row, n in zip(map(float, whole), within, sizes, strict=True)
@@ -76,6 +76,13 @@ def negligible(estimate: dict[str, Any], margin: float) -> str:
     if -margin <= estimate["lo"] and estimate["hi"] <= margin:
         return REPRODUCED
     return NOT_REPRODUCED if estimate["lo"] > margin or estimate["hi"] < -margin else NOT_TESTABLE
+
+
+def no_worse(estimate: dict[str, Any], margin: float) -> str:
+    """Reproduced if the interval lies above -margin; not reproduced if it lies below 0; otherwise not testable."""
+    if estimate["hi"] < 0:
+        return NOT_REPRODUCED
+    return REPRODUCED if estimate["lo"] >= -margin else NOT_TESTABLE
 
 
 def at_least(estimate: dict[str, Any], bound: float) -> str:

@@ -1,5 +1,6 @@
 """The runs of one seed, from which every figure takes what it needs: one upstream run, and forks of it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,15 @@ class Results:
         if found is None:
             raise LookupError(f"{job.name} is not done")
         return found["measured"]
+
+    def ended(self, job: Job) -> str:
+        """What a guard did to the job's RL, if it ended it: the last policy is then that of an earlier iteration."""
+        path = self.suite.path("runs", job.name) / "manifest.json"
+        stages = json.loads(path.read_text())["stages"] if path.is_file() else {}
+        found = stages.get("rl", {}).get("summary", {})
+        if not found.get("guard_name"):
+            return ""
+        return f"{job.name}: guard {found['guard_name']}, the policy after {found['iterations']} iterations is the last"
 
     def policy(self, job: Job, name: str = "rl_cai", group: str = "red_team") -> dict[str, list]:
         """Columns of one policy's answers."""
