@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import byte_tokenizer
+from test_guards import plain_share
 from test_training_stages import Killed, do, open_run, rows_of, same, weights
 from tiny import CONFIG, alone
 
-from cai_fast import config, distributed, measure, model, pipeline, records, roles
+from cai_fast import config, distributed, guards, measure, model, pipeline, records, roles
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -289,6 +291,33 @@ def test_pm_eval_scores_as_often_as_asked_and_wherever_a_state_is_saved(
     scores = ctx.scorer(ctx.model("pm_eval")).scores(sequences, range(8))
     assert rows[0]["rl/pm_eval"] == pytest.approx(float(scores.double().mean()), rel=1e-5)
     assert rows[0]["rl/pm_eval_deviation"] == pytest.approx(float(scores.double().std(unbiased=False)), rel=1e-5)
+
+
+def test_the_stage_measures_boilerplate_and_the_slope_by_prompt_and_kind(
+    before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "NGRAM", 1)  # phrases that a random model does repeat
+    monkeypatch.setattr(guards, "COMMON", 0.4)
+    several = {"rl__prompts_per_step": 4, "rl__samples_per_prompt": 3, "rl__steps": 1, "rl__snapshot_every": 0,
+               "rl__max_new_tokens": 60, "rl__missing_eos_penalty": 0.0}  # fmt: skip
+    with opened(before, tmp_path / "run", base, **several) as ctx:
+        do(ctx, rl)
+    rows = [r for r in records.read_jsonl(ctx.run.path("rollouts.jsonl"), records.Rollout) if r.iteration == 0]
+    tokens, renderer = records.read_tokens(ctx.run.path("tokens", "rollouts.safetensors")), ctx.renderer("sl_cai")
+    answers = [[int(t) for t in tokens[row.id][0]] for row in rows]
+    bodies = [renderer.finish(ids, "response").body_ids for ids in answers]
+    prompts = [number // 3 for number in range(12)]
+    found = rows_of(ctx, "rl")[0]
+    assert found["rl/boilerplate"] == pytest.approx(plain_share(bodies, prompts))
+    assert found["rl/boilerplate"] > 0
+    assert 0 < sum(body == ids for body, ids in zip(bodies, answers, strict=True)) < 12, "some were cut off"
+    kinds = {p.id: p.kind for p in pipeline.load_prompts(ctx)}
+    x, y, of_kind = (
+        np.array(column) for column in
+        ([len(ids) for ids in answers], [row.reward for row in rows], [kinds[row.prompt_id] for row in rows])
+    )  # fmt: skip
+    x, y = (column - np.array([column[of_kind == kind].mean() for kind in of_kind]) for column in (x, y))
+    assert found["rl/length_slope"] == pytest.approx((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("moment", ["a stop between saves", "before the best was kept", "after the best was kept"])

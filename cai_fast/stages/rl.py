@@ -174,7 +174,10 @@ class Loop:
         signs["rl/length_slope"] = guards.length_slope(
             guards.from_sums(dist.all_reduce_sum(guards.sums(moments)), KINDS)
         )
-        bodies = [f.body_ids for f in answers.finished]
+        bodies = [
+            f.body_ids if c.finish_reason == "stop" else f.token_ids  # which has no stop token then
+            for f, c in zip(answers.finished, answers.completions, strict=True)
+        ]
         found, prompts = [guards.phrases(ids) for ids in bodies], [item.number - item.sample for item in answers.items]
         counts = dist.all_reduce(torch.from_numpy(guards.phrase_counts(found, prompts))).numpy()
         shared = guards.covered(found, counts, answers.total // self.cfg.samples_per_prompt)
