@@ -128,10 +128,15 @@ def test_a_seed_that_is_drawn_twice_has_its_prompts_drawn_twice() -> None:
     assert (found["hi"] - found["lo"]) == pytest.approx(expected, rel=0.06)
 
 
-def test_noise_is_rarely_taken_for_a_trend() -> None:
+def test_noise_is_taken_for_a_trend_as_often_as_the_page_says() -> None:
     draw = np.random.default_rng(5)
-    found = [stats.positive(stats.means(draw.standard_normal((3, 50)))) for _ in range(100)]
-    assert found.count(REPRODUCED) <= 10  # three signs alike are 1 in 8
+
+    def share(between: float, within: float) -> float:
+        seeds = between * draw.standard_normal((300, 3, 1)) + within * draw.standard_normal((300, 3, 50))
+        return sum(stats.positive(stats.means(values, 200)) == REPRODUCED for values in seeds) / 300
+
+    assert share(0.0, 1.0) <= 0.04 and share(1.0, 7.0) <= 0.06  # 7 / sqrt(50): prompts as much as seeds
+    assert 0.08 <= share(1.0, 0.01) <= 0.17  # three signs alike
 
 
 def test_differences_are_taken_on_the_prompts_that_both_have() -> None:
