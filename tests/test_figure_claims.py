@@ -70,6 +70,8 @@ def test_no_difference_is_told_from_a_difference_and_from_too_few_prompts() -> N
         return verdicts(supervised.principles([Planted(s, tables) for s in range(3)]))[0]
 
     assert result(4, 0.1) == REPRODUCED and result(2, 0.1) == NOT_REPRODUCED and result(4, 5.0) == NOT_TESTABLE
+    idle = [Planted(s, {"": planted([1, 1, 1, 1, 1], 0.0, 0)}) for s in range(3)]
+    assert verdicts(supervised.principles(idle)) == [NOT_TESTABLE] * 2  # revisions that change nothing
 
 
 def test_critiques_that_help_small_models_only_are_found() -> None:
