@@ -253,6 +253,39 @@ def test_labels_that_matter_to_policies_are_told_from_those_that_do_not() -> Non
     assert one[3] == NOT_REPRODUCED
 
 
+class Ended(PlantedPolicies):
+    """On seed 1 a guard ended RL early: the last policy is that of an earlier iteration, snapshots are missing."""
+
+    kept = 0
+
+    def of(self, job: Job) -> dict[str, Any]:
+        found = super().of(job)
+        last = max(map(int, found["snapshots"]))
+        if self.world.seed == 1:
+            found["snapshots"] = {s: t for s, t in found["snapshots"].items() if int(s) <= self.kept or int(s) == last}
+        return found
+
+
+def test_runs_that_a_guard_ended_are_compared_at_the_iterations_that_all_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def facts(name: str, step: int) -> dict[str, float]:
+        return {"harm": 0.5 - step / 200, "held_out": 0.1 * step}
+
+    monkeypatch.setattr(Ended, "kept", 16)
+    found = ratings.evaluate([Ended(s, facts) for s in range(3)])
+    drawn = [x for x, _ in found["panels"]["harmlessness, truth"]["lines"]["RL-CAI"]]
+    assert drawn == [0, 8, 16, 40]
+    whole = ratings.evaluate([PlantedPolicies(s, facts) for s in range(3)])
+    assert [c["verdict"] for c in found["claims"]] == [c["verdict"] for c in whole["claims"]]
+    monkeypatch.setattr(Ended, "kept", 40)
+    found = reinforcement.soft_hard([Ended(s, facts) for s in range(3)])
+    assert [x for x, _ in found["panels"]["KL to SL-CAI (nats), red-team prompts"]["lines"]["hard"]] == [0, 20, 40, 80]
+    monkeypatch.setattr(Ended, "kept", 20)
+    with pytest.raises(stats.Nothing, match="before iteration 40"):
+        reinforcement.soft_hard([Ended(s, facts) for s in range(3)])
+
+
 def test_a_weight_that_makes_policies_annoying_is_found() -> None:
     heavy = {"harm": 0.1, "helpful": 0.4, "objects": 0.8}
     assert (
