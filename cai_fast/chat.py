@@ -212,7 +212,9 @@ class Chat:
         elif name == "undo":
             self.cut(max(0, len(self.speakers[0].turns) - 2))
         elif name == "system":
-            for speaker in self.speakers:
+            for speaker in sorted(
+                self.speakers, key=lambda s: s.renderer.is_chat
+            ):  # who cannot says so before any change
                 speaker.set_system(value)
         elif name in ("temperature", "seed"):
             self.set(name, value)

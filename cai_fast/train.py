@@ -137,9 +137,9 @@ def _run(cfg: config.Config, dist: "Distributed") -> None:
     dist.mark_done("restart-from")
     with contextlib.closing(run):
         copies: list[sinks.Sink] = []
-        dist.on_main(lambda: copies.extend(sinks.open_all(cfg, run.root, anew=restart_from is not None)))
-        log = RunLog(run.path("metrics.jsonl"), dist.is_main, copies)
+        log = RunLog(run.path("metrics.jsonl"), dist.is_main, copies)  # the file first, which the copies begin with
         with contextlib.closing(log):
+            dist.on_main(lambda: copies.extend(sinks.open_all(cfg, run.root, anew=restart_from is not None)))
             _stages(cfg, pipeline.open_context(cfg, run, log, dist))
 
 

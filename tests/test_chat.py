@@ -117,10 +117,12 @@ def test_settings_change_the_answers(model: Path) -> None:
     assert session.temperature == 1.0 and session.seed == 0
 
 
-def test_a_system_prompt_needs_a_template(tmp_path: Path) -> None:
-    session = opened(checkpoint(tmp_path, template=None))
+def test_a_system_prompt_needs_a_template(model: Path, tmp_path: Path) -> None:
+    session = opened(model, checkpoint(tmp_path, template=None))
+    before = session.speakers[0].renderer.hash
     with pytest.raises(chat.InputError, match="has no system prompt"):
         session.command("system", "x")
+    assert session.speakers[0].renderer.hash == before  # both models have it, or none
 
 
 def test_the_oldest_turns_make_room(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,8 @@ def test_no_difference_is_told_from_a_difference_and_from_too_few_prompts() -> N
         return verdicts(supervised.principles([Planted(s, tables) for s in range(3)]))[0]
 
     assert result(4, 0.1) == REPRODUCED and result(2, 0.1) == NOT_REPRODUCED and result(4, 5.0) == NOT_TESTABLE
+    idle = [Planted(s, {"": planted([1, 1, 1, 1, 1], 0.0, 0)}) for s in range(3)]
+    assert verdicts(supervised.principles(idle)) == [NOT_TESTABLE] * 2  # revisions that change nothing
 
 
 def test_critiques_that_help_small_models_only_are_found() -> None:
@@ -128,10 +130,15 @@ def test_a_seed_that_is_drawn_twice_has_its_prompts_drawn_twice() -> None:
     assert (found["hi"] - found["lo"]) == pytest.approx(expected, rel=0.06)
 
 
-def test_noise_is_rarely_taken_for_a_trend() -> None:
+def test_noise_is_taken_for_a_trend_as_often_as_the_page_says() -> None:
     draw = np.random.default_rng(5)
-    found = [stats.positive(stats.means(draw.standard_normal((3, 50)))) for _ in range(100)]
-    assert found.count(REPRODUCED) <= 10  # three signs alike are 1 in 8
+
+    def share(between: float, within: float) -> float:
+        seeds = between * draw.standard_normal((300, 3, 1)) + within * draw.standard_normal((300, 3, 50))
+        return sum(stats.positive(stats.means(values, 200)) == REPRODUCED for values in seeds) / 300
+
+    assert share(0.0, 1.0) <= 0.04 and share(1.0, 7.0) <= 0.06  # 7 / sqrt(50): prompts as much as seeds
+    assert 0.08 <= share(1.0, 0.01) <= 0.17  # three signs alike
 
 
 def test_differences_are_taken_on_the_prompts_that_both_have() -> None:
@@ -244,6 +251,39 @@ def test_labels_that_matter_to_policies_are_told_from_those_that_do_not() -> Non
         reinforcement.soft_hard, lambda name, step: {"objects": 0.4 if (name == "labels_hard") == (step > 40) else 0.1}
     )
     assert one[3] == NOT_REPRODUCED
+
+
+class Ended(PlantedPolicies):
+    """On seed 1 a guard ended RL early: the last policy is that of an earlier iteration, snapshots are missing."""
+
+    kept = 0
+
+    def of(self, job: Job) -> dict[str, Any]:
+        found = super().of(job)
+        last = max(map(int, found["snapshots"]))
+        if self.world.seed == 1:
+            found["snapshots"] = {s: t for s, t in found["snapshots"].items() if int(s) <= self.kept or int(s) == last}
+        return found
+
+
+def test_runs_that_a_guard_ended_are_compared_at_the_iterations_that_all_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def facts(name: str, step: int) -> dict[str, float]:
+        return {"harm": 0.5 - step / 200, "held_out": 0.1 * step}
+
+    monkeypatch.setattr(Ended, "kept", 16)
+    found = ratings.evaluate([Ended(s, facts) for s in range(3)])
+    drawn = [x for x, _ in found["panels"]["harmlessness, truth"]["lines"]["RL-CAI"]]
+    assert drawn == [0, 8, 16, 40]
+    whole = ratings.evaluate([PlantedPolicies(s, facts) for s in range(3)])
+    assert [c["verdict"] for c in found["claims"]] == [c["verdict"] for c in whole["claims"]]
+    monkeypatch.setattr(Ended, "kept", 40)
+    found = reinforcement.soft_hard([Ended(s, facts) for s in range(3)])
+    assert [x for x, _ in found["panels"]["KL to SL-CAI (nats), red-team prompts"]["lines"]["hard"]] == [0, 20, 40, 80]
+    monkeypatch.setattr(Ended, "kept", 20)
+    with pytest.raises(stats.Nothing, match="before iteration 40"):
+        reinforcement.soft_hard([Ended(s, facts) for s in range(3)])
 
 
 def test_a_weight_that_makes_policies_annoying_is_found() -> None:

@@ -192,6 +192,16 @@ def test_a_refusal_of_wandb_is_one_message(tmp_path: Path, wandb: FakeWandb) -> 
         opened(tmp_path, *TO_WANDB)
 
 
+def test_a_line_that_is_no_row_is_one_message_with_sinks_too(
+    tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "smoke", "--stages", "report", "--run-dir", str(tmp_path / "run"), *TO_WANDB]
+    assert train.main(words) == 0
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"loss": 1}\n')
+    assert train.main(words) == train.BAD_INPUT
+    assert "metrics.jsonl, line 1: expected an object with stage and step" in capsys.readouterr().err
+
+
 def test_a_run_opens_and_closes_its_sinks(tmp_path: Path, wandb: FakeWandb) -> None:
     words = ["--config", "smoke", "--stages", "report", "--run-dir", str(tmp_path / "run"), *TO_WANDB]
     for more in ([], [], ["--restart-from", "report"]):

@@ -68,8 +68,9 @@ def evaluate(results: Sequence[Results]) -> dict[str, Any]:
              "helpfulness, truth": ("benign", "more help"), "helpfulness, PM": ("benign", "pm_eval")}  # fmt: skip
     names: list[str] = []
     for name, (group, kind) in kinds.items():
-        players = [tables(r, group) for r in results]
-        names = list(players[0])
+        every = [tables(r, group) for r in results]
+        names = [name for name in every[0] if all(name in found for found in every)]  # a guard may have ended a run
+        players = [{name: found[name] for name in names} for found in every]
         if kind == "pm_eval" or "harm" in players[0][ZERO]:
             found[name] = ratings([games(p, kind) for p in players], names)
     steps = [name for name in names if name not in ("base", ZERO)]

@@ -86,7 +86,10 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
     def at(name: str, step: str, group: str) -> Tables:
         return [r.of(labelled(r.world, name))["snapshots"][step][group] for r in results]
 
-    steps = list(results[0].of(labelled(results[0].world, "soft"))["snapshots"])
+    taken = [r.of(labelled(r.world, name))["snapshots"] for r in results for name in LABELS]
+    steps = [step for step in taken[0] if all(step in found for found in taken)]
+    if usual not in steps:
+        raise stats.Nothing(f"a guard ended a run before iteration {usual}")
     start = (0, {group: before(results, "sl_cai", group) for group in GROUPS})
     lines = {name: [start, *((int(s), {g: at(name, s, g) for g in GROUPS}) for s in steps)] for name in LABELS}
     panels = policy_panels(lines, "RL iterations")
