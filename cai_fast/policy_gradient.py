@@ -9,8 +9,9 @@ gives the tokens of short answers more weight.
 
 The KL penalty against the reference is in the reward ("k1", whose gradient then is that of the whole response's
 KL(policy || reference)), or in the loss: "k2", "k3" or "exact", whose gradients are those of the divergences at the
-states that were visited, without what a token does to later states. On average k2's is that of KL(policy || reference),
-k3's that of KL(reference || policy); exact is the former, summed over the vocabulary.
+states that were visited, without what a token does to later states. On average over the policy that sampled, k2's is
+that of KL(policy || reference), k3's that of KL(reference || policy), and hence in later steps on the same answers only
+nearly; exact is the former, summed over the vocabulary, at every step.
 N response tokens of a bin, S responses.
 """
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_guards import plain_share
 from test_training_stages import Killed, do, open_run, rows_of, same, weights
 from tiny import CONFIG, alone
 
-from cai_fast import config, distributed, guards, measure, model, pipeline, records, roles
+from cai_fast import advantages, config, distributed, guards, measure, model, pipeline, records, roles
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.distributed import Stopped
 from cai_fast.errors import InputError
@@ -318,6 +319,29 @@ def test_the_stage_measures_boilerplate_and_the_slope_by_prompt_and_kind(
     )  # fmt: skip
     x, y = (column - np.array([column[of_kind == kind].mean() for kind in of_kind]) for column in (x, y))
     assert found["rl/length_slope"] == pytest.approx((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()), rel=1e-3)
+
+
+def test_an_answer_is_compared_with_the_others_to_its_prompt(
+    before: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = advantages.rloo, []
+
+    def spy(returns: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
+        seen.append((returns.tolist(), list(groups)))
+        return real(returns, groups)
+
+    monkeypatch.setattr(advantages, "rloo", spy)
+    several = {"rl__algorithm": "rloo", "rl__prompts_per_step": 4, "rl__samples_per_prompt": 3, "rl__steps": 2,
+               "rl__snapshot_every": 0, "rl__kl_coef": 0.5}  # fmt: skip
+    with opened(before, tmp_path / "run", base, **several) as ctx:
+        do(ctx, rl)
+    rows = records.read_jsonl(ctx.run.path("rollouts.jsonl"), records.Rollout)
+    assert len(seen) == 2 and any(row.kl for row in rows if row.iteration == 1)
+    for step, (returns, groups) in enumerate(seen):
+        mine = [row for row in rows if row.iteration == step]
+        assert returns == pytest.approx([row.reward - 0.5 * row.kl for row in mine], rel=1e-5, abs=1e-6)
+        pairs = Counter(zip(groups, (row.prompt_id for row in mine), strict=True))
+        assert len(pairs) == len(set(groups)) == 4 and set(pairs.values()) == {3}
 
 
 @pytest.mark.parametrize("moment", ["a stop between saves", "before the best was kept", "after the best was kept"])

@@ -68,7 +68,7 @@ class Recipe:
 
 
 def model_config(hidden_size: int = 96, layers: int = 4) -> ModelConfig:
-    """A toy model, by default of 0.47 M parameters: 12 hidden_size² a layer, and the embedding."""
+    """A toy model, by default of 0.48 M parameters: 12 hidden_size² a layer, and the embedding."""
     table = corpus.vocabulary()
     kept = tuple((f"{name}_token_id", table[f"<{name}>"]) for name in ("bos", "eos", "pad"))
     heads = hidden_size // HEAD_DIM
