@@ -155,8 +155,13 @@ class GuardsConfig(Section):
         1, "iterations between scores by pm_eval, which is then held in memory; states that are saved always get one; "
         "0: never", lo=0,
     )  # fmt: skip
-    length: str = opt("warn", "guard of answers that grow or shrink", choices=ACTIONS)
+    length: str = opt("warn", "guard of answers that grow or shrink, and of a score that is paid by the token",
+                      choices=ACTIONS)  # fmt: skip
     max_length_change: float = opt(2.0, "times longer or shorter than SL-CAI's answers", lo=1.0)
+    max_length_slope: float = opt(
+        0.9, "slope of score on length within either kind of prompt, in deviations of both: 1 if length explains the "
+        "score; of a hundred answers a healthy run may see 0.8 once", lo=0.0, hi=1.0,
+    )  # fmt: skip
     boilerplate: str = opt(
         "warn", "guard of phrases that are appended to most answers", choices=ACTIONS, source="P 4.3"
     )
@@ -168,3 +173,9 @@ class GuardsConfig(Section):
     max_logprob_gap: float | str = opt(
         "auto", "nats per token, mean size; auto: 0.001 with float32, 0.05 with bfloat16", lo=0.0, choices=("auto",)
     )
+
+    def check_together(self, s: types.SimpleNamespace) -> None:
+        if s.kl != "off" and not s.max_kl:
+            raise InputError(
+                "guards.max_kl = 0 would end every run at once: to do without this guard set guards.kl = off."
+            )

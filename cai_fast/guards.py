@@ -55,6 +55,7 @@ RULES = (
         "the preference model's score has gained {:.2g} deviations more than that of pm_eval",
     ),
     Rule("length", "rl/length_change", "max_length_change", "answers are {:.2g} times longer or shorter than SL-CAI's"),
+    Rule("length", "rl/length_slope", "max_length_slope", "the score follows the length of answers with slope {:.2g}"),
     Rule(
         "boilerplate", "rl/boilerplate_rise", "max_boilerplate_rise",
         "phrases that many answers share make up {:.0%} more of them than of SL-CAI's",

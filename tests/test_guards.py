@@ -10,6 +10,7 @@ import pytest
 
 from cai_fast import guards
 from cai_fast.config_rl import GuardsConfig
+from cai_fast.errors import InputError
 from cai_fast.guards import GUARDS, RULES, Guards, Moments, Trip
 
 STEPS = 20
@@ -24,6 +25,7 @@ def healthy(step: int) -> dict[str, float]:
         "rl/reward": gain, "rl/kl_exact": 0.8 * gain + 0.05 * noise.random() * (step > 0), "rl/entropy": 2.0 - gain,
         "rl/refusal_rate_red_team": 0.1 * noise.random(), "rl/refusal_rate_helpful": math.nan,
         "rl/length": 40 + 3 * noise.random(), "rl/boilerplate": 0.3 + 0.04 * noise.random(), "rl/logprob_gap": 1e-6,
+        "rl/length_slope": 0.8 * (-1) ** step,
         "rl/score": 5.0 + 2.0 * gain + 0.1 * noise.random(), "rl/score_deviation": 2.0,
         "rl/pm_eval": -3.0 + 0.4 * gain + 0.02 * noise.random(), "rl/pm_eval_deviation": 0.5,
     }  # fmt: skip
@@ -47,6 +49,7 @@ def run(watch: Guards, fault: dict[str, float], start: int = 0) -> Iterator[tupl
     ("divergence", {"rl/score": 9.0}),
     ("length", {"rl/length": 90.0}),
     ("length", {"rl/length": 15.0}),
+    ("length", {"rl/length_slope": 0.95}),
     ("boilerplate", {"rl/boilerplate": 0.45}),
     ("logprob_gap", {"rl/logprob_gap": 2e-3}),
     ("finite", {"rl/reward": math.nan}),
@@ -224,3 +227,9 @@ def test_phrases_of_different_order_differ_and_counts_of_ranks_add_up() -> None:
     draw = random.Random(2)
     many = guards.phrases([draw.randrange(50000) for _ in range(10**5)])
     assert np.bincount(many, minlength=guards.BUCKETS).max() < 10, "hashes are spread"
+
+
+def test_a_limit_that_nothing_could_keep_is_refused() -> None:
+    with pytest.raises(InputError, match="guards.kl = off"):
+        GuardsConfig(max_kl=0.0)
+    assert GuardsConfig(max_kl=0.0, kl="off").max_kl == 0

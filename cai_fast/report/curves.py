@@ -37,7 +37,7 @@ PANELS: dict[str, list[tuple[str, tuple[str, ...], str]]] = {
         ("KL, times that of the last iterations", ("rl/kl_jump",), "max_kl_jump"),
         ("Entropy, times that of SL-CAI", ("rl/entropy_share",), "min_entropy_share"),
         ("Length, times longer or shorter", ("rl/length_change",), "max_length_change"),
-        ("Slope of the score on length", ("rl/length_slope",), ""),
+        ("Slope of the score on length", ("rl/length_slope",), "max_length_slope"),
         ("Rise of boilerplate (share of tokens)", ("rl/boilerplate_rise",), "max_boilerplate_rise"),
         ("Gap between engine and trainer (nats)", ("rl/logprob_gap",), "max_logprob_gap"),
     ],
