@@ -42,7 +42,7 @@ class RlStates:
         """Whether a state is to be saved at this step."""
         return step == self.cfg.steps or bool(step and self.every and step % self.every == 0)
 
-    def judged(self, step: int, ppo: PolicyGradient, extra: dict[str, Any], score: float | None) -> None:
+    def judged(self, step: int, trainer: PolicyGradient, extra: dict[str, Any], score: float | None) -> None:
         """Save where it is due or a stop was asked for; no guard has ended training at `step`. Collective.
 
         score: how good the policy is; None if a guard has tripped. Raises Stopped after a signal.
@@ -53,23 +53,23 @@ class RlStates:
         elif self.due(step) and step > self.saved:
             self._promote()
             self.saved, self.newest_score = step, (step, score)
-            self._save(self.newest, step, ppo, extra)
+            self._save(self.newest, step, trainer, extra)
             self._drop_stopped()
         elif stop:
-            self.interrupted(step, ppo, extra)
+            self.interrupted(step, trainer, extra)
         if stop:
             self.newest.wait()
             raise Stopped
 
-    def interrupted(self, step: int, ppo: PolicyGradient, extra: dict[str, Any]) -> None:
+    def interrupted(self, step: int, trainer: PolicyGradient, extra: dict[str, Any]) -> None:
         """Save the state in which a stop signal finds the stage, unless it began with it. Collective."""
         if step > (self.found.step if self.found else 0):
-            self._save(self.stopped, step, ppo, extra)
+            self._save(self.stopped, step, trainer, extra)
             self.stopped.wait()
 
-    def _save(self, states: Checkpoints, step: int, ppo: PolicyGradient, extra: dict[str, Any]) -> None:
+    def _save(self, states: Checkpoints, step: int, trainer: PolicyGradient, extra: dict[str, Any]) -> None:
         heartbeat.at("rl: saving", f"iteration {step}")
-        ppo.save(states, step, extra | {"score": self.newest_score[1], "best": list(self.best)})
+        trainer.save(states, step, extra | {"score": self.newest_score[1], "best": list(self.best)})
 
     def _promote(self) -> None:
         """Keep the newest state, which is about to be replaced, if it is the best so far. Collective."""

@@ -109,13 +109,18 @@ def steps(model: Model, task: Task, cfg: config.Config, section: Any, count: int
 class Actors(NamedTuple):
     """The models of stage rl, the preference model among them."""
 
-    ppo: PolicyGradient
+    trainer: PolicyGradient
     pm: Model
 
     @property
     def weights(self) -> list[Tensor]:
         """Of all of them."""
-        parts = [self.ppo.policy, self.ppo.reference, self.pm, *([self.ppo.critic.module] if self.ppo.critic else [])]
+        parts = [
+            self.trainer.policy,
+            self.trainer.reference,
+            self.pm,
+            *([self.trainer.critic.module] if self.trainer.critic else []),
+        ]
         return [p for part in parts for p in part.parameters()]
 
 
@@ -128,26 +133,26 @@ def actors(cfg: config.Config, shape: ModelConfig, device: str) -> Actors:
     if cfg.rl.network in ("own", "pm"):
         value = made(cfg, shape, 3, "score", device)
     critic = Critic(value) if cfg.rl.network else None
-    ppo = PolicyGradient(policy, reference, critic, cfg.rl, seed=0, dist=alone(), moments=cfg.model.moments)
-    return Actors(ppo, pm)
+    trainer = PolicyGradient(policy, reference, critic, cfg.rl, seed=0, dist=alone(), moments=cfg.model.moments)
+    return Actors(trainer, pm)
 
 
-def answers(cfg: config.Config, ppo: PolicyGradient, length: int) -> tuple[Engine, list[Example]]:
+def answers(cfg: config.Config, trainer: PolicyGradient, length: int) -> tuple[Engine, list[Example]]:
     """The answers of an iteration, from an engine that keeps its cache."""
     room, rows = pipeline.round_up(length), cfg.rl.prompts_per_step
-    engine = Engine(ppo.policy, max_len=room, max_batch=cfg.engine.max_batch, deterministic=False)
+    engine = Engine(trainer.policy, max_len=room, max_batch=cfg.engine.max_batch, deterministic=False)
     given = examples(rows, length)
     done = engine.generate([list(e.prompt_ids) for e in given], Sampling(max_new_tokens=length // 2), keys=range(rows))
     return engine, [Example(e.id, e.prompt_ids, c.token_ids) for e, c in zip(given, done, strict=True)]
 
 
-def iterations(ppo: PolicyGradient, answered: list[Example], count: int = 2) -> None:
+def iterations(trainer: PolicyGradient, answered: list[Example], count: int = 2) -> None:
     """Measure the answers and train on them, `count` times."""
     for _ in range(count):
-        rollouts = ppo.measure(answered, 0)
+        rollouts = trainer.measure(answered, 0)
         scores = torch.arange(float(len(answered))) % 3
-        ppo.set_advantages(rollouts, scores, [i // 2 for i in range(len(answered))])
-        assert ppo.update(rollouts, 1.0)["grad_norm"] > 0
+        trainer.set_advantages(rollouts, scores, [i // 2 for i in range(len(answered))])
+        assert trainer.update(rollouts, 1.0)["grad_norm"] > 0
 
 
 def nbytes(tensors: Iterable[Tensor | None]) -> int:

@@ -159,7 +159,7 @@ def test_rl_holds_one_trunk_and_leaves_it_alone(trained: Context, tmp_path: Path
     ctx.run.begin("rl", rl.inputs(ctx))
     loop = rl.Loop(ctx)
     preference, held_out = loop.sampler.scorer.model, loop.sampler.eval_scorer.model
-    models = (loop.policy, loop.reference, loop.ppo.critic.module, preference, held_out)
+    models = (loop.policy, loop.reference, loop.trainer.critic.module, preference, held_out)
     adapter = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     critics = 32 if critic == "detached" else adapter + 32
     trunk = sum(t.numel() for t in before.values())
@@ -174,7 +174,7 @@ def test_rl_holds_one_trunk_and_leaves_it_alone(trained: Context, tmp_path: Path
         f"policy.{name}.lora_{part}.weight" for name in lora.adapters(loop.policy) for part in "AB"
     }
     assert sum(t.numel() for t in state.values()) == adapter + critics
-    assert set(loop.ppo.optimizer.gradients) == {n for n, p in loop.policy.named_parameters() if p.requires_grad}
+    assert set(loop.trainer.optimizer.gradients) == {n for n, p in loop.policy.named_parameters() if p.requires_grad}
     ctx.run.close()
 
 
@@ -184,7 +184,7 @@ def test_an_algorithm_without_a_critic_holds_none(trained: Context, tmp_path: Pa
     before = weights(ctx, "sl_cai")
     ctx.run.begin("rl", rl.inputs(ctx))
     loop = rl.Loop(ctx)
-    assert loop.ppo.critic is None and loop.run() is None
+    assert loop.trainer.critic is None and loop.run() is None
     for part in (loop.policy, loop.reference):
         assert all(torch.equal(t, before[name]) for name, t in bare(part).items()), "the trunk is the reference"
     state = loop.states.newest.latest().tensors
@@ -202,10 +202,11 @@ def test_a_critic_from_the_preference_model_starts_with_its_scores(
     scores = loop.sampler.scorer.scores(ids, range(len(ids)))
     batch = pack_targets([Example(str(i), tokens, [0]) for i, tokens in enumerate(ids)])
     with torch.no_grad():
-        values = loop.ppo.critic(batch, torch.zeros(len(ids), 32))
+        values = loop.trainer.critic(batch, torch.zeros(len(ids), 32))
     assert loop.extra["deviation"] != 1 and torch.equal(values, (scores - loop.extra["mean"]) / loop.extra["deviation"])
     assert all(
-        p.requires_grad == (".lora_" in n or n == "score.weight") for n, p in loop.ppo.critic.module.named_parameters()
+        p.requires_grad == (".lora_" in n or n == "score.weight")
+        for n, p in loop.trainer.critic.module.named_parameters()
     )
     ctx.run.close()
 
@@ -220,7 +221,7 @@ def test_the_reference_is_sl_cai_and_so_is_the_first_policy(trained: Context, tm
     for layer in lora.adapters(loop.policy).values():
         nn.init.normal_(layer.lora_B.weight, std=0.3)
     assert torch.equal(hidden(loop.reference, ids), expected) and not torch.allclose(hidden(loop.policy, ids), expected)
-    rollouts = loop.ppo.measure(answers.examples(loop.renderer), 0)
+    rollouts = loop.trainer.measure(answers.examples(loop.renderer), 0)
     policy, reference = lora.merge(loop.policy), model.load(ctx.checkpoint("sl_cai"))
     for b in rollouts.bins:
         states = [m(b.batch.packed).detach()[b.batch.rows] for m in (policy, reference)]
@@ -295,7 +296,9 @@ def test_bf16_sums_no_gradient_of_the_frozen_head(trained: Context, tmp_path: Pa
     assert loop.run() is None
     assert not hasattr(loop.policy.lm_head_weight, "main_grad")
     assert {t.dtype for t in loop.policy.parameters()} == {torch.bfloat16}
-    assert len(loop.ppo.optimizer.state_dict()) == 4 * 2 * 14, "moments, remainder, step of every adapter's two weights"
+    assert len(loop.trainer.optimizer.state_dict()) == 4 * 2 * 14, (
+        "moments, remainder, step of every adapter's two weights"
+    )
     ctx.run.close()
 
 

@@ -121,9 +121,9 @@ def test_the_peak_of_iterations_of_ppo(words: str, tmp_path: Path) -> None:
     asked = f"--rl.samples_per_prompt {1 + ('algorithm' in words)} --guards.pm_eval_every 0"
     cfg = small(tmp_path, f"{sizes} {asked} {words}")
     made = actors(cfg, shaped(), "cpu")
-    engine, answered = answers(cfg, made.ppo, LENGTH)
+    engine, answered = answers(cfg, made.trainer, LENGTH)
     with LiveBytes([*made.weights, engine._cache.kv]) as live:
-        iterations(made.ppo, answered)
+        iterations(made.trainer, answered)
     moments = rl_moments(cfg, CPU)
     peak = moments.peak("rl")
     assert peak.moment == "update" and peak.weights == nbytes(made.weights)
@@ -176,8 +176,8 @@ def test_the_peak_on_a_gpu_is_the_plans(stage: str, words: str, tmp_path: Path) 
         made = actors(cfg, shape, "cuda")
 
         def work() -> None:
-            engine, answered = answers(cfg, made.ppo, length)
-            iterations(made.ppo, answered)
+            engine, answered = answers(cfg, made.trainer, length)
+            iterations(made.trainer, answered)
             assert engine.pages.total  # it lives until here
 
         measured = on_gpu(work)

@@ -95,10 +95,10 @@ def do_until(ctx: Context, step: int) -> None:
     """Stage rl, killed as it measures the answers of an iteration."""
     real = PolicyGradient.measure
 
-    def dying(ppo: PolicyGradient, examples: Any, now: int, *rest: Any) -> Any:
+    def dying(trainer: PolicyGradient, examples: Any, now: int, *rest: Any) -> Any:
         if now == step:
             raise Killed
-        return real(ppo, examples, now, *rest)
+        return real(trainer, examples, now, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyGradient, "measure", dying)

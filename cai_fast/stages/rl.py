@@ -54,12 +54,12 @@ class Loop:
             self.extra = dict(state.extra)
         self.guards = Guards(ctx.config.guards, ctx.dtype == torch.float32, self.extra.get("guards"))
         self.start = state.step if state else 0
-        self.ppo = PolicyGradient(
+        self.trainer = PolicyGradient(
             self.policy, self.reference, self.critic(), self.cfg, seed=ctx.config.seed, dist=ctx.dist,
             moments=ctx.config.model.moments,
         )  # fmt: skip
         if state is not None:
-            self.extra = self.ppo.restore(self.states.newest, state)
+            self.extra = self.trainer.restore(self.states.newest, state)
             ctx.log.info(f"rl: continues after iteration {self.start} of {self.cfg.steps}")
         self.extra["guards"] = self.guards.memory  # saved with every state
         ctx.log.truncate("rl", self.start)
@@ -92,11 +92,11 @@ class Loop:
                     answers = self.sampler.answer(self.sampler.items(step), "rl", step)
                 except Stopped:
                     journal.sync()
-                    self.states.interrupted(step, self.ppo, self.extra)
+                    self.states.interrupted(step, self.trainer, self.extra)
                     raise
                 heartbeat.at("rl: measuring", f"iteration {step}")
                 first = answers.items[0].number if answers.items else 0
-                rollouts = self.ppo.measure(answers.examples(self.renderer), step, first, answers.total)
+                rollouts = self.trainer.measure(answers.examples(self.renderer), step, first, answers.total)
                 rewards = self.rewards(answers)
                 values = self.statistics(answers, rollouts, rewards)
                 values |= self.signs(answers, step)
@@ -154,7 +154,7 @@ class Loop:
         gap = (trained - torch.tensor(sampled)).abs()
         means.add("rl/entropy", entropy.sum(), entropy.numel())
         means.add("rl/logprob_gap", gap.sum(), gap.numel())
-        return means.reduce(self.ctx.dist) | {"rl/kl_coef": self.ppo.kl_coef}
+        return means.reduce(self.ctx.dist) | {"rl/kl_coef": self.trainer.kl_coef}
 
     def signs(self, answers: Answers, step: int) -> dict[str, float]:
         """What the guards watch besides: global numbers about answers and their scores. Collective."""
@@ -204,7 +204,7 @@ class Loop:
         """
         journal.sync()
         score = values.get("rl/pm_eval", values["rl/reward"])
-        self.states.judged(step, self.ppo, self.extra, None if trips else score)
+        self.states.judged(step, self.trainer, self.extra, None if trips else score)
         self.snapshot(step, values)
 
     def snapshot(self, step: int, values: dict[str, float]) -> None:
@@ -221,10 +221,12 @@ class Loop:
         """Train on the answers of this iteration. Collective."""
         began = time.monotonic()
         heartbeat.at("rl: updating", f"iteration {step}")
-        stats = self.ppo.set_advantages(rollouts, rewards, answers.groups)
+        stats = self.trainer.set_advantages(rollouts, rewards, answers.groups)
         factor = schedule(self.cfg.schedule, step, self.cfg.steps, self.cfg.warmup_steps)
-        stats |= self.ppo.update(rollouts, factor) | {"lr": self.cfg.lr * factor}
-        self.ppo.adapt_kl(float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total)  # for the next iteration
+        stats |= self.trainer.update(rollouts, factor) | {"lr": self.cfg.lr * factor}
+        self.trainer.adapt_kl(
+            float(self.ctx.dist.all_reduce(rollouts.k1.sum())) / answers.total
+        )  # for the next iteration
         stats.pop("entropy", None)  # reported of the policy that sampled
         return {f"rl/{name}": value for name, value in stats.items()} | {"perf/update_s": time.monotonic() - began}
 
@@ -236,7 +238,7 @@ class Loop:
             roles.reset(self.ctx, self.policy, "rl", self.reference)
             self.extra["kl_exact"] = 0.0
         else:
-            self.extra = self.ppo.restore(self.states.newest, state)
+            self.extra = self.trainer.restore(self.states.newest, state)
         self.extra["kl_exact_max"] = worst
         return state.step if state else 0, why
 
@@ -264,7 +266,7 @@ def run(ctx: Context) -> None:
     return finish(ctx, loop.policy, {
         "guard": str(trip or ""), "guard_name": trip.guard if trip else "", "guard_step": trip.step if trip else None,
         "guard_action": trip.action if trip else "", "iterations": step, "exported": why,
-        "guards": loop.guards.report(), "kl_coef": loop.ppo.kl_coef,
+        "guards": loop.guards.report(), "kl_coef": loop.trainer.kl_coef,
         "reward_mean": loop.extra["mean"], "reward_deviation": loop.extra["deviation"],
         "kl_exact_final": loop.extra["kl_exact"], "kl_exact_max": loop.extra["kl_exact_max"],
     } | roles.sizes(loop.policy))  # fmt: skip
