@@ -173,6 +173,13 @@ def uniform(*parts: Any) -> float:
 
 def load(spec: str | Path) -> Constitution:
     """A constitution by bundled name, TOML file, or folder of the paper's JSON; InputError names what is wrong."""
+    bundled = {
+        entry.name.removesuffix(".toml"): entry
+        for entry in resources.files("cai_fast.constitutions").iterdir()
+        if entry.name.endswith(".toml")
+    }
+    if str(spec) in bundled:  # also where the working directory holds something of that name: ./NAME is that
+        return _from_toml(bundled[str(spec)].read_bytes(), f"constitution {spec}")
     path = Path(spec)
     found = kind(path)
     if found == "folder":
@@ -181,19 +188,12 @@ def load(spec: str | Path) -> Constitution:
         return read_folder(path)
     if found:
         return _from_toml(read_bytes(path), str(path))
-    bundled = {
-        entry.name.removesuffix(".toml"): entry
-        for entry in resources.files("cai_fast.constitutions").iterdir()
-        if entry.name.endswith(".toml")
-    }
-    if str(spec) not in bundled:
-        near = difflib.get_close_matches(str(spec)[:80], bundled, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(
-            f"unknown constitution {str(spec)!r}: {hint}expected one of {', '.join(sorted(bundled))}, "
-            "a TOML file, or a folder with the paper's JSON files"
-        )
-    return _from_toml(bundled[str(spec)].read_bytes(), f"constitution {spec}")
+    near = difflib.get_close_matches(str(spec)[:80], bundled, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(
+        f"unknown constitution {str(spec)!r}: {hint}expected one of {', '.join(sorted(bundled))}, "
+        "a TOML file, or a folder with the paper's JSON files"
+    )
 
 
 def _from_toml(data: bytes, where: str) -> Constitution:

@@ -1,6 +1,7 @@
 """Constitutions: the bundled ones, the TOML rules, the published files' schema, and the draw."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support import CUSTOM, MINIMAL, paper_folder, write_constitution
@@ -162,3 +163,14 @@ def test_bad_published_file_names_the_place(name, content, message, tmp_path):
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(InputError, match=message):
         load(folder)
+
+
+def test_a_folder_does_not_hide_a_bundled_constitution_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy").mkdir()
+    bundled = load("toy")
+    monkeypatch.chdir(tmp_path)
+    assert load("toy").hash == bundled.hash
+    with pytest.raises(InputError, match="CritiqueRevisionInstructions.json"):
+        load("./toy")
