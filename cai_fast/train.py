@@ -31,11 +31,15 @@ if TYPE_CHECKING:
     from cai_fast.pipeline import Context
 
 FAILED, BAD_INPUT = 1, 2
+# Of OpenMP's threads that wait for each other, on a CPU: else each keeps a core busy by waiting, and beside other work on
+# the machine a small run took more than five times as long.
+WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 PATIENCE = 3.0  # seconds
 
 
 def main(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code. Every problem of the user's is one message on stderr."""
+    os.environ.setdefault(*WAITING)  # read when PyTorch is loaded, which is later
     try:
         command = config.parse(argv)
         if command.action != "help":
