@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cai_fast.pipeline import Context
 
 FAILED, BAD_INPUT = 1, 2
-# Of OpenMP's threads that wait for each other, on a CPU: else each keeps a core busy by waiting, and beside other work on
-# the machine a small run took more than five times as long.
+# Of OpenMP's threads that wait for each other, on a CPU: else each keeps a core busy by waiting, and beside other work
+# on the machine a small run took more than five times as long.
 WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 PATIENCE = 3.0  # seconds
 
