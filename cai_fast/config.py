@@ -364,6 +364,8 @@ def _check_together(cfg: Config) -> None:
     idle |= {key for key in cfg.explicit if key.startswith("guards.") and algorithm == "dpo"}
     if "rl" in cfg.stages and (typed := sorted(cfg.explicit & idle)):
         raise InputError(f"rl.algorithm = {algorithm} does not read {', '.join(typed)}: leave it out.")
+    if blind := cfg.guards.unwatched(cfg.explicit):
+        raise InputError(f"{blind[0]} limits a guard that is off: also give it an action, warn, stop or rollback.")
     if settings["lora"]["rank"] and settings["pm"]["init"]:
         raise InputError(
             f"pm.init = {settings['pm']['init']!r}: with lora.rank > 0 the preference models are adapters on SL-CAI. "

@@ -179,3 +179,13 @@ class GuardsConfig(Section):
             raise InputError(
                 "guards.max_kl = 0 would end every run at once: to do without this guard set guards.kl = off."
             )
+
+    def unwatched(self, typed: frozenset[str]) -> list[str]:
+        """Limits among the keys that were typed, such as "guards.max_kl", whose guard is off."""
+        of = {"max_kl": "kl", "max_kl_jump": "kl_jump", "max_refusal_rate": "refusals", "min_entropy": "entropy",
+              "min_entropy_share": "entropy", "max_divergence": "divergence", "max_length_change": "length",
+              "max_length_slope": "length", "max_boilerplate_rise": "boilerplate",
+              "max_logprob_gap": "logprob_gap"}  # fmt: skip
+        actions = vars(self)
+        return sorted(key for limit, guard in of.items() if (key := f"guards.{limit}") in typed
+                      and actions[guard] == "off")  # fmt: skip

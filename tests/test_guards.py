@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cai_fast import guards
+from cai_fast import config, guards
 from cai_fast.config_rl import GuardsConfig
 from cai_fast.errors import InputError
 from cai_fast.guards import GUARDS, RULES, Guards, Moments, Trip
@@ -233,3 +233,12 @@ def test_a_limit_that_nothing_could_keep_is_refused() -> None:
     with pytest.raises(InputError, match="guards.kl = off"):
         GuardsConfig(max_kl=0.0)
     assert GuardsConfig(max_kl=0.0, kl="off").max_kl == 0
+
+
+def test_a_typed_limit_of_a_guard_that_is_off_is_refused() -> None:
+    with pytest.raises(InputError, match="guards.max_kl limits a guard that is off"):
+        config.load(["--config", "smoke", "--guards.max_kl", "0.05"])
+    assert config.load(["--config", "smoke", "--guards.max_kl", "0.05", "--guards.kl", "stop"]).guards.max_kl == 0.05
+    off = GuardsConfig(**dict.fromkeys(GUARDS, "off"))
+    limits = {f"guards.{rule.limit}" for rule in RULES}
+    assert set(off.unwatched(frozenset(limits))) == limits, "every limit is known"

@@ -221,7 +221,7 @@ def test_plots_share_one_scale() -> None:
 
 def test_a_tripped_guard_and_its_thresholds_are_told(page: str) -> None:
     told = " ".join(re.sub(r"<[^>]*>", " ", page[page.index('<section id="guards">') :]).split())
-    assert "Stopped by a guard. iteration 7: KL too high. The policy after 5 iterations was exported: the best" in told
+    assert "Stopped by a guard. iteration 7: KL too high. The policy after 5 iterations was exported (the best" in told
     assert "kl rollback rl/kl exact 2.00 iteration 7 KL too high length warn rl/length change 2.00 no" in told
     warned = reportworld.manifest()
     warned["stages"]["rl"]["summary"] |= {"guard": ""}
