@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from cai_fast.pipeline import Context
 
 FAILED, BAD_INPUT = 1, 2
-# Of OpenMP's threads that wait for each other, on a CPU: else each keeps a core busy by waiting, and beside other work
-# on the machine a small run took more than five times as long.
-WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
+# How long OpenMP's threads wait awake for each other, on a CPU: by default so long that beside other work
+# on the machine a small run took more than five times as long; always asleep, half as long again on an idle one.
+WAITING = ("GOMP_SPINCOUNT", "20000")
 PATIENCE = 3.0  # seconds
 
 

@@ -153,11 +153,11 @@ def test_the_file_starts_from_any_folder_and_hides_top_level_kernels(tmp_path: P
     assert done.returncode == 0, done.stderr
 
 
-def test_threads_wait_asleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert train.main(["--help"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert train.main(["--help"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+def test_threads_soon_wait_asleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert train.main(["--help"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert train.main(["--help"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "20000"
     heavy = "import sys; from cai_fast import train; print('torch' in sys.modules)"  # it would be too late then
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
