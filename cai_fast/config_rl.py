@@ -119,6 +119,12 @@ class RlConfig(Section):
 
 
 ACTIONS = ("off", "warn", "stop", "rollback")
+GUARD_OF = {
+    "max_kl": "kl", "max_kl_jump": "kl_jump", "max_refusal_rate": "refusals", "min_entropy": "entropy",
+    "min_entropy_share": "entropy", "max_divergence": "divergence", "max_length_change": "length",
+    "max_length_slope": "length", "max_boilerplate_rise": "boilerplate", "max_logprob_gap": "logprob_gap",
+}  # fmt: skip
+"""The guard that each limit is for."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +188,5 @@ class GuardsConfig(Section):
 
     def unwatched(self, typed: frozenset[str]) -> list[str]:
         """Limits among the keys that were typed, such as "guards.max_kl", whose guard is off."""
-        of = {"max_kl": "kl", "max_kl_jump": "kl_jump", "max_refusal_rate": "refusals", "min_entropy": "entropy",
-              "min_entropy_share": "entropy", "max_divergence": "divergence", "max_length_change": "length",
-              "max_length_slope": "length", "max_boilerplate_rise": "boilerplate",
-              "max_logprob_gap": "logprob_gap"}  # fmt: skip
-        actions = vars(self)
-        return sorted(key for limit, guard in of.items() if (key := f"guards.{limit}") in typed
-                      and actions[guard] == "off")  # fmt: skip
+        off = [f"guards.{limit}" for limit, guard in GUARD_OF.items() if vars(self)[guard] == "off"]
+        return sorted(typed.intersection(off))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cai_fast.config_sections import GuardsConfig
+from cai_fast.config_rl import GUARD_OF, GuardsConfig
 
 ENDING = ("stop", "rollback")  # actions that end training, the stronger one last
 NGRAM = 5  # tokens of a phrase
@@ -32,10 +32,14 @@ START = ("length", "entropy", "score", "score_deviation", "pm_eval", "pm_eval_de
 class Rule:
     """A metric and the setting that limits it; "{:...}" in the text is the metric's value."""
 
-    guard: str
     metric: str
     limit: str
     text: str
+
+    @property
+    def guard(self) -> str:
+        """The name of its guard, which is the setting of what to do."""
+        return GUARD_OF[self.limit]
 
     @property
     def above(self) -> bool:
@@ -44,23 +48,23 @@ class Rule:
 
 
 RULES = (
-    Rule("kl", "rl/kl_exact", "max_kl", "KL to SL-CAI is {:.3g} nats per answer"),
-    Rule("kl_jump", "rl/kl_jump", "max_kl_jump", "KL to SL-CAI is {:.3g} times that of the last iterations"),
-    Rule("refusals", "rl/refusal_rate_red_team", "max_refusal_rate", "{:.0%} of red_team answers refuse"),
-    Rule("refusals", "rl/refusal_rate_helpful", "max_refusal_rate", "{:.0%} of helpful answers refuse"),
-    Rule("entropy", "rl/entropy", "min_entropy", "entropy is {:.3g} nats per token"),
-    Rule("entropy", "rl/entropy_share", "min_entropy_share", "entropy is {:.2g} times that of SL-CAI"),
+    Rule("rl/kl_exact", "max_kl", "KL to SL-CAI is {:.3g} nats per answer"),
+    Rule("rl/kl_jump", "max_kl_jump", "KL to SL-CAI is {:.3g} times that of the last iterations"),
+    Rule("rl/refusal_rate_red_team", "max_refusal_rate", "{:.0%} of red_team answers refuse"),
+    Rule("rl/refusal_rate_helpful", "max_refusal_rate", "{:.0%} of helpful answers refuse"),
+    Rule("rl/entropy", "min_entropy", "entropy is {:.3g} nats per token"),
+    Rule("rl/entropy_share", "min_entropy_share", "entropy is {:.2g} times that of SL-CAI"),
     Rule(
-        "divergence", "rl/pm_divergence", "max_divergence",
+        "rl/pm_divergence", "max_divergence",
         "the preference model's score has gained {:.2g} deviations more than that of pm_eval",
     ),
-    Rule("length", "rl/length_change", "max_length_change", "answers are {:.2g} times longer or shorter than SL-CAI's"),
-    Rule("length", "rl/length_slope", "max_length_slope", "the score follows the length of answers with slope {:.2g}"),
+    Rule("rl/length_change", "max_length_change", "answers are {:.2g} times longer or shorter than SL-CAI's"),
+    Rule("rl/length_slope", "max_length_slope", "the score follows the length of answers with slope {:.2g}"),
     Rule(
-        "boilerplate", "rl/boilerplate_rise", "max_boilerplate_rise",
+        "rl/boilerplate_rise", "max_boilerplate_rise",
         "phrases that many answers share make up {:.0%} more of them than of SL-CAI's",
     ),
-    Rule("logprob_gap", "rl/logprob_gap", "max_logprob_gap", "engine and trainer disagree by {:.2g} nats per token"),
+    Rule("rl/logprob_gap", "max_logprob_gap", "engine and trainer disagree by {:.2g} nats per token"),
 )  # fmt: skip
 GUARDS = tuple(dict.fromkeys(rule.guard for rule in RULES))
 

@@ -229,8 +229,9 @@ def test_a_tripped_guard_and_its_thresholds_are_told(page: str) -> None:
     warned["stages"]["rl"]["summary"].pop("guards")
     assert facts.guards(warned)["warned"] == [] == facts.guards(warned)["table"]
     assert not facts.guards({"stages": {"rl": {"summary": {"steps": 9}}}})["watched"]  # DPO
-    settings = {"rl": {"max_kl": 2.0, "lr": 1.0}, "guards": {"warn": ["length", "kl"], "stop": []}}
-    assert facts.thresholds(settings) == {"rl.max_kl": "2.00", "guards.warn": "length, kl", "guards.stop": "none"}
+    settings = {"rl": {"lr": 1.0}, "guards": {"kl": "stop", "max_kl": 2.0}}
+    assert facts.thresholds(settings) == {"guards.kl": "stop", "guards.max_kl": "2.00"}
+    assert facts.limits(settings) == {"max_kl": 2.0}
 
 
 def test_every_chart_has_its_place(page: str) -> None:

@@ -37,7 +37,6 @@ METRICS: dict[str, tuple[str, bool, str]] = {
     "repetition": ("Repeated share of 4-grams", True, "lower is better"),
     "unfinished": ("Answers that never stop", True, "lower is better"),
 }
-RL_GUARDS = ("max_kl", "max_refusal_rate", "min_entropy")
 Json = Mapping[str, Any]
 
 
@@ -287,16 +286,12 @@ def tables(evaluation: Json) -> list[dict[str, Any]]:
 
 def limits(config: Json) -> dict[str, float]:
     """Every number among the settings of the guards, for the charts to draw as a line."""
-    watched = dict(config.get("rl", {})) | dict(config.get("guards", {}))
-    return {key: value for key, value in watched.items() if type(value) in (int, float)}
+    return {key: value for key, value in config.get("guards", {}).items() if type(value) in (int, float)}
 
 
 def thresholds(config: Json) -> dict[str, str]:
     """The settings of the guards, as text."""
-    watched = {f"rl.{key}": value for key, value in config.get("rl", {}).items() if key in RL_GUARDS}
-    watched |= {f"guards.{key}": value for key, value in config.get("guards", {}).items()}
-    lists = {name: ", ".join(map(str, value)) or "none" for name, value in watched.items() if isinstance(value, list)}
-    return {name: lists.get(name) or number(value) for name, value in watched.items()}
+    return {f"guards.{key}": number(value) for key, value in config.get("guards", {}).items()}
 
 
 def guards(manifest: Json) -> dict[str, Any]:
