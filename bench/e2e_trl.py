@@ -139,9 +139,19 @@ def supervised(
     return Noting, peer.callback(end)
 
 
+def fit(peer: Peer, kind: type, callback: Any, config: Any, role: str, columns: dict[str, list[Any]]) -> None:
+    """Train the model in `role` on those columns."""
+    from datasets import Dataset
+
+    peer.tokenizer.padding_side = "right"
+    peer.train(
+        kind(model=peer.model(role).train(), args=config, train_dataset=Dataset.from_dict(columns),
+             processing_class=peer.tokenizer, callbacks=[callback])
+    )  # fmt: skip
+
+
 def sft(peer: Peer) -> None:
     """Rows of packed documents."""
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     size = peer.place.size
@@ -158,17 +168,11 @@ def sft(peer: Peer) -> None:
         **peer.arguments("sft", size.rows), packing=True, packing_strategy="bfd", max_length=size.row,
         shuffle_dataset=False, loss_type="nll",
     )  # fmt: skip
-    dataset = Dataset.from_dict({"input_ids": documents})
-    peer.tokenizer.padding_side = "right"
-    peer.train(
-        kind(model=peer.model("policy").train(), args=config, train_dataset=dataset, processing_class=peer.tokenizer,
-             callbacks=[callback])
-    )  # fmt: skip
+    fit(peer, kind, callback, config, "policy", {"input_ids": documents})
 
 
 def reward(peer: Peer) -> None:
     """Chosen and rejected answers in one padded batch."""
-    from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     sequences = [ids for work in peer.works("reward") for ids in work.sequences]
@@ -181,17 +185,11 @@ def reward(peer: Peer) -> None:
 
     kind, callback = supervised(peer, RewardTrainer, read, mean=True)
     config = RewardConfig(**peer.arguments("reward", peer.place.size.pairs), max_length=None, disable_dropout=True)
-    dataset = Dataset.from_dict({"chosen_ids": sequences[::2], "rejected_ids": sequences[1::2]})
-    peer.tokenizer.padding_side = "right"
-    peer.train(
-        kind(model=peer.model("pm").train(), args=config, train_dataset=dataset, processing_class=peer.tokenizer,
-             callbacks=[callback])
-    )  # fmt: skip
+    fit(peer, kind, callback, config, "pm", {"chosen_ids": sequences[::2], "rejected_ids": sequences[1::2]})
 
 
 def dpo(peer: Peer) -> None:
     """The reference's log-probabilities are computed before training, on both sides."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     place, works = peer.place, peer.works("dpo")
@@ -214,11 +212,7 @@ def dpo(peer: Peer) -> None:
             texts["prompt"].append(text_of(chosen[:start]))
             texts["chosen"].append(text_of(chosen[start:]))
             texts["rejected"].append(text_of(rejected[start:]))
-    peer.tokenizer.padding_side = "right"
-    peer.train(
-        kind(model=peer.model("policy").train(), args=config, train_dataset=Dataset.from_dict(texts),
-             processing_class=peer.tokenizer, callbacks=[callback])
-    )  # fmt: skip
+    fit(peer, kind, callback, config, "policy", texts)
 
 
 class ForcedLengths:

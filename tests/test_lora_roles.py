@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import byte_tokenizer
 from test_training_stages import PROMPTS, Killed, do, open_run, rows_of, same, weights
-from tiny import CONFIG, tiny_model
+from tiny import byte_checkpoint, tiny_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification
@@ -24,7 +23,6 @@ from cai_fast.model import Model, lora
 from cai_fast.optim import Optimizer
 from cai_fast.pipeline import Context
 from cai_fast.stages import pm, rl, sft
-from cai_fast.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = {
@@ -36,10 +34,7 @@ NAMES = ("sl_cai", "pm", "pm_eval", "rl_cai")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "base"
-    tokenizer = Tokenizer.load(byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    model.init_random(CONFIG.replace(vocab_size=tokenizer.vocab_size), 0, std=0.1).save(folder, tokenizer=tokenizer)
-    return folder
+    return byte_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

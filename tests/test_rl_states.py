@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import byte_tokenizer
 from test_guards import plain_share
 from test_training_stages import Killed, do, open_run, rows_of, same, weights
-from tiny import CONFIG, alone
+from tiny import alone, byte_checkpoint
 
 from cai_fast import advantages, config, distributed, guards, measure, model, pipeline, records, roles
 from cai_fast.checkpoint import Checkpoints
@@ -25,7 +24,6 @@ from cai_fast.policy_gradient import PolicyGradient
 from cai_fast.rl_states import RlStates
 from cai_fast.rundir import RunDir
 from cai_fast.stages import pm, rl, sft
-from cai_fast.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {
@@ -37,10 +35,7 @@ SNAPSHOTS = ["rl_cai_step_00002", "rl_cai_step_00004"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "base"
-    tokenizer = Tokenizer.load(byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    model.init_random(CONFIG.replace(vocab_size=tokenizer.vocab_size), 0, std=0.1).save(folder, tokenizer=tokenizer)
-    return folder
+    return byte_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,14 @@
 """The smallest model that has every part: two layers, two key-value heads for four queries, 32 hidden, 64 tokens."""
 
+from pathlib import Path
+
 import torch
+from support import byte_tokenizer
 from torch import Tensor
 
 from cai_fast.distributed import Distributed
 from cai_fast.model import Model, ModelConfig, init_random
+from cai_fast.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -15,6 +19,13 @@ CONFIG = ModelConfig(
 def tiny_model(seed: int = 0, head: str = "lm", std: float = 0.2) -> Model:
     """Random weights; `std` is large enough that logits are not uniform."""
     return init_random(CONFIG, seed, head=head, std=std)
+
+
+def byte_checkpoint(folder: Path) -> Path:
+    """A checkpoint of that size in `folder`/base, with a byte-level tokenizer."""
+    tokenizer = Tokenizer.load(byte_tokenizer(folder / "tokenizer"))
+    init_random(CONFIG.replace(vocab_size=tokenizer.vocab_size), 0, std=0.1).save(folder / "base", tokenizer=tokenizer)
+    return folder / "base"
 
 
 def alone() -> Distributed:
