@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.environment import environment
 from bench.figures import __main__ as command
 from bench.figures import figure, graph, page
 from bench.figures.graph import Job, Suite
@@ -212,9 +213,10 @@ def test_the_page_is_made_of_the_results() -> None:
 
 def test_a_figure_is_written_with_its_environment_and_drawn_alike_twice(tmp_path: Path) -> None:
     results = [Planted(s, {"": planted([0, 1, 1.4, 1.6, 1.7], 0.5, s)}) for s in range(3)]
-    made = [command.make(command.EVERY["revisions"], results, "the command", tmp_path / n) for n in ("a", "b")]
+    where = {"command": "the command", "environment": environment()}
+    made = [command.make(command.EVERY["revisions"], results, where, tmp_path / n) for n in ("a", "b")]
     written = json.loads((tmp_path / "a" / "revisions.json").read_text())
-    assert written["seeds"] == [0, 1, 2] and written["command"] == "the command" and "commit" in written["environment"]
+    assert {"seeds": [0, 1, 2], **where}.items() <= written.items()
     assert (tmp_path / "a/revisions.svg").read_bytes() == (tmp_path / "b/revisions.svg").read_bytes()
     text = page.page(made[:1])
     assert "| The preference score rises with every revision (Fig. 5) | **reproduced** |" in text

@@ -29,13 +29,12 @@ def worlds(name: str, seeds: int, sizes: str) -> list[World]:
     return [World(seed, SIZES[sizes], chosen, cfg.model.base == TOY) for seed in range(seeds)]
 
 
-def make(figure: Figure, results: Sequence[Results], command: str, out: Path) -> dict[str, Any]:
-    """Evaluate one figure and write its JSON and SVG."""
+def make(figure: Figure, results: Sequence[Results], made: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Evaluate one figure and write its JSON and SVG; `made`: by which command, and where."""
     found = stats.rounded(figure.evaluate(results))
     result = {
-        "figure": figure.name, "command": command, "seeds": [r.world.seed for r in results],
-        "environment": environment(), "ended": [text for r in results for job in figure.jobs(r.world)
-                                                if (text := r.ended(job))],
+        "figure": figure.name, **made, "seeds": [r.world.seed for r in results],
+        "ended": [text for r in results for job in figure.jobs(r.world) if (text := r.ended(job))],
         "claims": found["claims"], "panels": found["panels"],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -97,6 +96,8 @@ def main(argv: Sequence[str]) -> int:
     except InputError as error:
         parser.error(str(error))
     suite = Suite(options.folder)
+    # Before the first figure is written, which would make the checkout differ from its commit.
+    made = {"command": given(options), "environment": environment()}
     failed = suite.run([job for name in names for world in chosen for job in EVERY[name].jobs(world)], options.jobs)
     missing = 0
     for name in names:
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name}: not made; {broken[0]}: {failed.get(broken[0], 'not done')}")
             continue
         try:
-            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], given(options), options.out)))
+            print(report(make(EVERY[name], [Results(suite, world) for world in chosen], made, options.out)))
         except stats.Nothing as reason:
             missing += 1
             print(f"{name}: not made; {reason}")
