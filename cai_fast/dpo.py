@@ -19,6 +19,7 @@ from cai_fast.comparisons import Pair
 from cai_fast.fit import FitSettings, Task, fit
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
+from cai_fast.runlog import in_words
 
 STATS = ("loss", "accuracy", "margin", "log_ratio")
 
@@ -47,7 +48,7 @@ def train(ctx: Context) -> tuple[Model, dict[str, Any]]:
     shown = {f"rl/held_out_{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
     ctx.log.truncate("rl", steps)
     ctx.log.metrics("rl", steps, shown)
-    ctx.log.info(f"rl: held out: {shown}")
+    ctx.log.info(f"rl: held out: {in_words(shown)}")
     counts = {"trained_on": dict(Counter(p.kind for p in training)), "rejected": rejected, "steps": steps}
     return policy, counts | roles.sizes(policy) | results
 

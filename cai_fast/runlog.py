@@ -180,3 +180,17 @@ class RunLog:
 
     def warn(self, message: str) -> None:
         self.info(f"warning: {message}")
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """A summary as a log line says it: {"kept_rows": 2, "rejected": {"long": 1}} is "kept rows 2, rejected (long 1)".
+
+    Floats have four digits; empty tables are left out.
+    """
+    return ", ".join(f"{name.replace('_', ' ')} {_spoken(value)}" for name, value in values.items() if value != {})
+
+
+def _spoken(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({in_words(value)})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

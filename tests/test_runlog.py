@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from cai_fast.distributed import Distributed
 from cai_fast.engine import Engine, Sampling
-from cai_fast.runlog import Mean, Progress, RunLog
+from cai_fast.runlog import Mean, Progress, RunLog, in_words
 
 ONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -176,3 +176,15 @@ def test_a_bar_follows_tokens_and_ranks():
 def test_messages_carry_the_time(tmp_path, capsys):
     RunLog(tmp_path / "metrics.jsonl").warn("low disk")
     assert capsys.readouterr().err == "[00:00] warning: low disk\n"
+
+
+def test_a_summary_is_said_in_words() -> None:
+    summary = {
+        "requested": 3,
+        "kept": 2,
+        "rejected": {"too_long": 1},
+        "failed": {},
+        "mean_score": 0.123456,
+        "judge": "x",
+    }
+    assert in_words(summary) == "requested 3, kept 2, rejected (too long 1), mean score 0.1235, judge x"

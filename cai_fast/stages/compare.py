@@ -14,6 +14,7 @@ from cai_fast import pipeline, readers, rng
 from cai_fast.engine import Completion
 from cai_fast.pipeline import TOY, Context
 from cai_fast.records import Comparison, Prompt, content_id, write_jsonl, write_tokens
+from cai_fast.runlog import in_words
 
 OUTPUTS = ("comparisons.jsonl", "tokens/comparisons.safetensors")
 
@@ -50,7 +51,7 @@ def run(ctx: Context) -> None:
         if len(rows) != len(kept) + sum(rejected.values()):
             raise RuntimeError(f"compare: counts do not add up: {summary}")
         summary["helpfulness"] = {"requested": len(helpful) + malformed, "kept": len(helpful), "malformed": malformed}
-        ctx.log.info(f"compare: {summary}")
+        ctx.log.info(f"compare: {in_words(summary)}")
     ctx.run.finish("compare", list(OUTPUTS), summary)
 
 

@@ -15,6 +15,7 @@ from cai_fast.errors import InputError
 from cai_fast.judging import Judge
 from cai_fast.pipeline import Context
 from cai_fast.records import Comparison, Label, content_id, write_jsonl
+from cai_fast.runlog import in_words
 
 OUTPUTS = ("labels.jsonl",)
 
@@ -58,7 +59,7 @@ def run(ctx: Context) -> None:
         statistics["entropy"] = fmean(_entropy(label.prob_a) for label in labels)
         ctx.log.metrics("label", len(labels), {f"label/{name}": value for name, value in statistics.items()})
         summary |= statistics
-        ctx.log.info(f"label: {summary['kept']} of {summary['requested']} labelled, {statistics}")
+        ctx.log.info(f"label: {summary['kept']} of {summary['requested']} labelled, {in_words(statistics)}")
     ctx.run.finish("label", list(OUTPUTS), summary)
 
 

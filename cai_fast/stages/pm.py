@@ -17,6 +17,7 @@ from cai_fast.comparisons import Pair
 from cai_fast.fit import FitSettings, Task, fit
 from cai_fast.model import Model
 from cai_fast.pipeline import Context
+from cai_fast.runlog import in_words
 from cai_fast.scorer import Scorer
 
 OUTPUTS = ("checkpoints/pm", "checkpoints/pm_eval")
@@ -53,7 +54,7 @@ def run(ctx: Context) -> None:
         shown = {f"{kind}_{m}": row[m] for kind, row in results.items() for m in ("accuracy", "ece", "brier")}
         held_out |= {f"{name}/held_out_{m}": value for m, value in shown.items()}
         held_out |= {f"{m}/{name}": value for m, value in work.items()}
-        ctx.log.info(f"{name}: trained on {summary[name]['trained_on']}, held out: {shown}")
+        ctx.log.info(f"{name}: trained on {in_words(summary[name]['trained_on'])}; held out: {in_words(shown)}")
         # transformers pools the last token that is not the padding token
         roles.export(ctx, model, name, renderer.tokenizer, summary[name], pad_token_id=renderer.tokenizer.pad_id)
         del model, replica, scorer  # before the next one is loaded and trained

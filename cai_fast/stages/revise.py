@@ -17,6 +17,7 @@ from cai_fast.errors import InputError
 from cai_fast.pipeline import Context
 from cai_fast.prompts import fit_turns
 from cai_fast.records import Helpful, Prompt, Revision, Turn, write_jsonl, write_tokens
+from cai_fast.runlog import in_words
 
 READERS = ("assistant", "base", "judge", "pm_init")  # every model of a run has the tokenizer of one of these
 PROMPTS_AT_ONCE = 500
@@ -132,7 +133,7 @@ def _write(ctx: Context, chains: list[dict[str, Any]], samples: list[dict[str, A
     }
     if summary["requested"] != summary["kept"] + sum(summary["rejected"].values()):
         raise RuntimeError(f"revise: counts do not add up: {summary}")
-    ctx.log.info(f"revise: {summary}")
+    ctx.log.info(f"revise: {in_words(summary)}")
     return summary
 
 

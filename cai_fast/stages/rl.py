@@ -28,7 +28,7 @@ from cai_fast.policy_gradient import Critic, PolicyGradient, Rollouts
 from cai_fast.records import Journal, Rollout, content_id
 from cai_fast.rl_states import RlStates
 from cai_fast.rundir import SNAPSHOT
-from cai_fast.runlog import Mean
+from cai_fast.runlog import Mean, in_words
 from cai_fast.sampler import KINDS, Answers, Sampler
 
 OUTPUTS = ("rollouts.jsonl", "tokens/rollouts.safetensors", "checkpoints/rl_cai")
@@ -281,7 +281,7 @@ def finish(ctx: Context, policy: Model, results: dict[str, Any]) -> None:
     } | results
     roles.export(ctx, policy, "rl_cai", ctx.renderer("sl_cai").tokenizer, summary)
     shown = {name: value for name, value in summary.items() if name not in ("guards", *comparisons.KINDS)}  # tables
-    ctx.log.info(f"rl: {shown}")
+    ctx.log.info(f"rl: {in_words(shown)}")
     ctx.run.finish("rl", [*OUTPUTS, *(f"checkpoints/{path.name}" for path in ctx.run.snapshots())], summary)
 
 

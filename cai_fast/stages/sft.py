@@ -14,6 +14,7 @@ from cai_fast.errors import InputError
 from cai_fast.fit import FitSettings, Task, fit
 from cai_fast.pipeline import Context, load_prompts
 from cai_fast.records import Helpful, Revision
+from cai_fast.runlog import in_words
 from cai_fast.tokenizer import Renderer, Tokenizer
 
 OUTPUTS = ("checkpoints/sl_cai",)
@@ -33,8 +34,8 @@ def run(ctx: Context) -> None:
     fitting = [e for e in examples if e.tokens <= limit]
     counts["over_long"] = len(examples) - len(fitting)
     if not fitting:
-        raise InputError(f"sft: nothing to train on: {counts}")
-    ctx.log.info(f"sft: {len(fitting)} examples, {counts}")
+        raise InputError(f"sft: nothing to train on: {in_words(counts)}")
+    ctx.log.info(f"sft: {len(fitting)} examples: {in_words(counts)}")
 
     def loss(items: list[int], scale: float) -> tuple[Tensor, losses.Stats]:
         return losses.sft_loss(model, pack_targets([fitting[i] for i in items], ctx.device), scale)
