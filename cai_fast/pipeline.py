@@ -391,6 +391,7 @@ def summary_lines(run: RunDir) -> list[str]:
             lines += ["", f"{group + ' prompts':22}" + "".join(f"{name:>13}" for name in names)]
             for policy, metrics in rows.items():
                 lines.append(f"  {policy:20}" + "".join(f"{metrics[name]:13.3f}" for name in names))
+        lines += ["", f"Means over prompts; kl: nats per answer from SL-CAI. Intervals: {run.path('evaluation.json')}"]
     if run.path("report.html").is_file():
         lines += ["", f"Report: {run.path('report.html')}"]
     return lines
