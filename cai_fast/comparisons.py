@@ -159,5 +159,6 @@ def agreement(margins: list[float], prob_a: list[float], prompts: list[str]) -> 
 
 
 def _interval(values: list[float], prompts: list[str]) -> dict[str, float | None]:
+    """{lo, hi}; None of a single prompt, of which every resample is the same."""
     found = measure.interval(values, prompts, SAMPLES, seed=0)
-    return {end: found[end] for end in ("lo", "hi")}
+    return {end: found[end] if len(set(prompts)) > 1 else None for end in ("lo", "hi")}

@@ -147,9 +147,9 @@ def test_without_metrics_of_single_answers_there_is_no_interval(tmp_path: Path) 
     assert "redo stage evaluate" in as_text(sections(compared(a, b)))
 
 
-def measured(mean: float, lo: float, hi: float) -> dict[str, Any]:
+def measured(mean: float, lo: float, hi: float, n: int = 9) -> dict[str, Any]:
     """An evaluation of which every number that has no pairs is `mean`."""
-    cell = {"mean": mean, "lo": lo, "hi": hi, "n": 9}
+    cell = {"mean": mean, "lo": lo, "hi": hi, "n": n}
     return {"revisions": {"1": {"harm": cell}}, "elo": {"judge": {"rl_cai": {"rating": mean, "lo": lo, "hi": hi}}},
             "judge": {"win_rates": {"rl_cai>base": cell}, "own_pairs": {"accuracy": cell}}}  # fmt: skip
 
@@ -199,6 +199,11 @@ def test_a_flag_says_that_intervals_do_not_even_touch(
 def test_intervals_without_width_are_not_apart(tmp_path: Path) -> None:
     runs = [write(tmp_path / name, measured=measured(x, x, x)) for name, x in (("a", 0.4), ("b", 0.9))]
     assert not flags(compared(*runs))
+
+
+def test_a_single_value_has_no_interval(tmp_path: Path) -> None:
+    runs = write(tmp_path / "a", measured=measured(0.4, 0.3, 0.5)), write(tmp_path / "b", measured=measured(1, 1, 1, 1))
+    assert [(row["b_interval"], row["flag"]) for row in compared(*runs)["judge"]] == [(None, False)] * 2
 
 
 def test_other_seeds_and_prompts_are_stated(tmp_path: Path) -> None:

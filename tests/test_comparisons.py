@@ -27,7 +27,7 @@ def test_intervals_are_over_prompts_by_hand() -> None:
 
 
 def test_a_label_without_a_side_counts_for_the_brier_score_alone() -> None:
-    level = comparisons.agreement([0.0], [0.5], ["a"])
+    level = comparisons.agreement([0.0, 0.0], [0.5, 0.5], ["a", "b"])
     assert level["accuracy"] is None and level["accuracy_interval"] == {"lo": None, "hi": None}
     assert level["brier_interval"] == {"lo": 0, "hi": 0}
     mixed = comparisons.agreement([SURE, 0.0, -SURE], [1.0, 0.5, 1.0], list("aab"))
@@ -42,5 +42,5 @@ def test_conversations_that_begin_alike_are_one_prompt() -> None:
     pairs = [pair("helpful", "q", f"r{n}", p) for n, p in enumerate((0.9, 0.1))]
     pairs += [pair("harmless", f"q{n}", "r", p) for n, p in enumerate((0.9, 0.1))]
     found = comparisons.agreement_by_kind([1.0] * 4, pairs)
-    assert found["helpful"]["accuracy_interval"] == {"lo": 0.5, "hi": 0.5}  # with one there is nothing to resample
+    assert found["helpful"]["accuracy_interval"] == {"lo": None, "hi": None}  # with one there is nothing to resample
     assert found["harmless"]["accuracy_interval"] == {"lo": 0, "hi": 1}

@@ -287,15 +287,16 @@ def _side_by_side(a: Any, b: Any, names: tuple[str, str], value: str = "mean") -
     rows = []
     for outer, inner in [(i, j) for i in a if i in b for j in a[i] if j in b[i]]:
         cells = a[outer][inner], b[outer][inner]
-        intervals = [None if c.get("lo") is None else {"lo": c["lo"], "hi": c["hi"]} for c in cells]
+        known = [c.get("lo") is not None and c.get("n") != 1 for c in cells]  # one value cannot be resampled
+        intervals = [{"lo": c["lo"], "hi": c["hi"]} if k else None for c, k in zip(cells, known, strict=True)]
         row = {names[0]: outer, names[1]: inner} | _unpaired(*(c[value] for c in cells))
         rows.append(row | {"a_interval": intervals[0], "b_interval": intervals[1], "flag": _apart(*intervals)})
     return rows
 
 
 def _apart(a: dict[str, float] | None, b: dict[str, float] | None) -> bool:
-    """Whether two intervals are there and do not overlap. Neither has a width where nothing was resampled (by the
-    settings, or because there is one prompt): then that says nothing."""
+    """Whether two intervals are there and do not overlap. That says nothing if neither has a width, as where
+    evaluate.bootstrap is 0."""
     if not a or not b or (a["lo"] == a["hi"] and b["lo"] == b["hi"]):
         return False
     return a["hi"] < b["lo"] or b["hi"] < a["lo"]
