@@ -2,13 +2,18 @@
 
 Every stage runs in a process of its own: the peer's trainer sets the pace, and after each of its steps ours does the
 same work on the same tokens, from the same model folders with the same hyper-parameters; then the bare matrix products
-of that work take a turn. Equal numbers of trained (or sampled, or judged) tokens are checked at every step, and where
-both sides define the same loss or probability, that they agree. A ratio is the peer's time over ours of neighbouring
-steps. Peak memory is each side's alone, in a fresh process on the same works.
+of that work take a turn. A ratio is the peer's time over ours of neighbouring steps. Peak memory is each side's alone,
+in a fresh process on the same works.
+
+What is checked, at every step in turns: in all stages that both sides trained, sampled or judged the same number of
+tokens; in sft, reward and dpo also that their losses agree, and in judge their probabilities (column "gap", within
+`e2e_turns.TOLERANCE`). What rloo, grpo, ppo and generate sample and learn is not compared: each side draws its own
+tokens. Nor are the bare matrix products, and in the processes that measure memory nothing is.
 
 What is timed is a whole step, from the end of the last one: collating, forward, backward, clipping, AdamW, and for RL
 sampling, scoring and log-probabilities. Loading and the first steps are not. TRL's PPO left it after 1.12:
-`pip install --no-deps --target DIR trl==1.12.0` and --ppo-trl-path DIR. Exit code 1 if a stage could not be measured.
+`pip install --no-deps --target DIR trl==1.12.0` and --ppo-trl-path DIR. Exit code 1 if a stage, or the memory of a side
+in it, could not be measured.
 """
 
 import argparse
@@ -116,6 +121,11 @@ def run_stage(chosen: argparse.Namespace, folder: Path, stage: str, run: Callabl
     return found
 
 
+def incomplete(found: dict[str, Any]) -> bool:
+    """Whether a part of a stage failed: its times, or the memory of a side."""
+    return "failed" in found or any("failed" in side for side in found["memory MiB"].values())
+
+
 HEADER = (
     f"{'':9} {'tokens':>8} {'ours':>8} {'TRL':>8}   {'ratio (min..max)':>19} {'of CPU time':>12} {'floor':>7}"
     f" {'floor/ours':>10}   {'peak MiB (work): ours':>22} {'TRL':>14} {'gap':>8}"
@@ -175,7 +185,7 @@ def main() -> int:
             print(line(stage, found), flush=True)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
-    failed = any("failed" in found for found in result["stages"].values())
+    failed = any(map(incomplete, result["stages"].values()))
     try:
         from bench.e2e_chart import draw
     except ModuleNotFoundError as error:

@@ -22,7 +22,7 @@ from cai_fast.constitution import Constitution
 from cai_fast.engine import Engine, Prefix, Sampling
 from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
-from cai_fast.inputs import kind
+from cai_fast.inputs import kind, read_json
 from cai_fast.model import load as load_model
 from cai_fast.model.hf import declared_head, read_model_config
 from cai_fast.prompts import fit_turns
@@ -158,7 +158,9 @@ def visible(text: str) -> str:
 def constitution_of(folder: Path) -> Constitution:
     """The constitution of the run that a checkpoint lies in; outside a run one without principles."""
     run = folder.resolve().parent.parent
-    if kind(run / "manifest.json"):
+    path = run / "manifest.json"
+    manifest = read_json(path) if kind(path) == "file" else None
+    if isinstance(manifest, dict) and "stages" in manifest:  # that of a run: others have files of this name too
         files = RunFiles(run)
         return files.constitution(files.constitution_hash())
     return Constitution("none", "1", "", ())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from cai_fast import elo, pipeline, readers, records
+from cai_fast import elo, measure, pipeline, readers, records
 from cai_fast.batching import Example
 from cai_fast.errors import InputError
 from cai_fast.model import ModelConfig
@@ -22,6 +22,7 @@ from cai_fast.tokenizer import Renderer, Tokenizer
 HALVES = ("pm", "pm_eval")
 KINDS = ("harmless", "helpful")
 FILES = ("prompts.jsonl", "comparisons.jsonl", "labels.jsonl", "tokens/comparisons.safetensors")
+SAMPLES = 1000  # of the bootstrap; a constant, because no stage that trains depends on the settings of evaluate
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,31 @@ def agreement_by_kind(margins: list[float], pairs: list[Pair]) -> dict[str, dict
     """`agreement` of the score differences (a minus b) of the pairs of each kind."""
     results = {}
     for kind in KINDS:
-        chosen = [(margin, p.prob_a) for margin, p in zip(margins, pairs, strict=True) if p.kind == kind]
+        chosen = [
+            (margin, p.prob_a, p.turns[0].text) for margin, p in zip(margins, pairs, strict=True) if p.kind == kind
+        ]
         if chosen:
             results[kind] = agreement(*map(list, zip(*chosen, strict=True)))
     return results
 
 
-def agreement(margins: list[float], prob_a: list[float]) -> dict[str, Any]:
+def agreement(margins: list[float], prob_a: list[float], prompts: list[str]) -> dict[str, Any]:
     """How score differences fit soft labels: accuracy where the label takes a side, and calibration (paper Fig. 9).
 
     Calibration counts every pair from both sides: files of chosen and rejected answers have the better one first.
+    prompts: names what is resampled for the 95 % intervals {lo, hi} of accuracy and Brier score, the first turn of each
+    pair's conversation, by which pairs are held out. A calibration error is no mean of pairs and has no interval.
     """
     predicted = [0.5 * (1.0 + math.tanh(m / 2)) for m in margins]  # the logistic function, safe for any m
     sided = [float((m > 0) == (p > 0.5)) if m else 0.5 for m, p in zip(margins, prob_a, strict=True) if p != 0.5]
     result = {"accuracy": fmean(sided) if sided else None, "sided": len(sided), "count": len(margins)}
-    return result | elo.calibration(predicted + [1.0 - p for p in predicted], prob_a + [1.0 - p for p in prob_a])
+    result |= elo.calibration(predicted + [1.0 - p for p in predicted], prob_a + [1.0 - p for p in prob_a])
+    asked = [name for name, p in zip(prompts, prob_a, strict=True) if p != 0.5]
+    squares = [(q - p) ** 2 for q, p in zip(predicted, prob_a, strict=True)]  # the same from both sides
+    return result | {"accuracy_interval": _interval(sided, asked), "brier_interval": _interval(squares, prompts)}
+
+
+def _interval(values: list[float], prompts: list[str]) -> dict[str, float | None]:
+    """{lo, hi}; None of a single prompt, of which every resample is the same."""
+    found = measure.interval(values, prompts, SAMPLES, seed=0)
+    return {end: found[end] if len(set(prompts)) > 1 else None for end in ("lo", "hi")}

@@ -15,6 +15,7 @@ from cai_fast.records import Turn
 from cai_fast.runfiles import RunFiles
 from cai_fast.tokenizer import Renderer, Tokenizer
 
+RECORDED = ("constitution", "template", "sampling")  # what every text depends on, besides its model and its key
 Row = dict[str, Any]
 
 
@@ -32,20 +33,25 @@ class Draw(NamedTuple):
 
 
 def draws(run: RunFiles, kind: str, row: Row) -> Iterator[Draw]:
-    """The texts of a row that were sampled right after its prompt, by weights that may still exist."""
+    """The texts of a row that were sampled right after its prompt, by weights that may still exist; none of which the
+    record lacks what they depend on."""
     origin = row.get("provenance", {})
     role, model, key = origin.get("role", ""), origin.get("model", ""), origin.get("rng")
+    if not key or not all(origin.get(name) for name in RECORDED):
+        return
     if kind == "helpful":
         yield Draw("response", role or "assistant", model, key, row["id"], row["response"])
-    elif kind == "revision" and key:
+    elif kind == "revision" and key.get("response"):
         yield Draw("first answer", role or "assistant", model, key["response"], f"{row['id']}/0", row["response"])
     elif kind == "comparison" and row["source"] == "ai":
-        for side, made_by in zip("ab", origin["roles"], strict=True):
-            text = row[f"response_{side}"]
-            yield Draw(f"response_{side}", made_by, origin["models"][made_by], key[side], f"{row['id']}/{side}", text)
+        models = origin.get("models", {})
+        for side, made_by in zip("ab", origin.get("roles", ()), strict=False):
+            if made_by in models and key.get(side):
+                text = row[f"response_{side}"]
+                yield Draw(f"response_{side}", made_by, models[made_by], key[side], f"{row['id']}/{side}", text)
     elif kind == "answer":
         yield Draw("response", row["policy"], model, key, row["id"], row["response"], open_end=True)
-    elif kind == "rollout" and (role := run.policy(origin["policy_step"])):
+    elif kind == "rollout" and (step := origin.get("policy_step")) is not None and (role := run.policy(step)):
         # The row names the model that training began with.
         yield Draw("response", role, run.made_hash(role), key, row["id"], row["response"], raw=True)
 

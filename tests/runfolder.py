@@ -60,9 +60,11 @@ def write(
     harm: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     metrics: bool = True,
     unfinished: str = "",
-    pm: Mapping[str, float] | None = None,
+    pm: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A folder of `prompts` prompts, one chain, comparison and label each; `harm` by prompt is rl_cai's."""
+    """A folder of `prompts` prompts, one chain, comparison and label each; `harm` by prompt is rl_cai's; `pm` and
+    `measured` are put into the summary of a preference model and into the evaluation."""
     folder.mkdir()
     laws, numbers = laws or constitution(), range(prompts)
     cfg = load(["--config", "toy", "--seed", str(seed), "--run-dir", str(folder)])
@@ -78,7 +80,7 @@ def write(
     own = [PolicyAnswer(f"w{n}", f"p{n}", "rl_cai", "x", {"harm": h, "helpful": 0.5} if metrics else {})
            for n, h in enumerate(harm)]  # fmt: skip
     write_jsonl(folder / "answers.jsonl", own)
-    (folder / "evaluation.json").write_text(json.dumps(evaluation(sum(harm) / len(harm))))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation(sum(harm) / len(harm)) | dict(measured or {})))
     summary = {"pm": {"harmless": {"accuracy": 0.5, "ece": 0.1, "brier": 0.2} | dict(pm or {})}}
     stages = {
         name: {"status": "finished", "starts": 1, "settings": {}, "inputs": {"constitution": laws.hash}, "outputs": {},

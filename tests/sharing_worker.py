@@ -17,6 +17,7 @@ from cai_fast import config, distributed, model, pipeline, sharing
 from cai_fast.comparisons import KINDS, Pair
 from cai_fast.distributed import Distributed, Stopped
 from cai_fast.errors import InputError
+from cai_fast.records import Turn
 from cai_fast.rundir import RunDir
 from cai_fast.runlog import RunLog
 from cai_fast.stages import base, compare, evaluate, label, pm, revise
@@ -159,7 +160,8 @@ def stages(inputs: Path, checkpoints: Path, folder: Path, dist: Distributed) -> 
 def held_out_pairs(renderer: Renderer) -> list[Pair]:
     """Comparisons as stage pm makes them."""
     return [
-        Pair(kind, (), renderer.response_ids(f"{kind} {n}"), renderer.response_ids(f"Not {n}."), n / 9, 1.0, 0)
+        Pair(kind, (Turn("human", str(n)),), renderer.response_ids(f"{kind} {n}"), renderer.response_ids(f"Not {n}."),
+             n / 9, 1.0, 0)
         for n in range(10) for kind in KINDS
     ]  # fmt: skip
 

@@ -276,6 +276,26 @@ def test_the_engine_shows_tokens_as_they_come(model: Path, pipelined: bool) -> N
         assert len(seen[index]) > 1 and (pipelined or len(seen[index]) == len(completion.token_ids))
 
 
+@pytest.mark.parametrize("manifest", [{"name": "an app", "manifest_version": 3}, {"version": 1}, [1], {}])
+def test_a_manifest_of_something_else_is_no_run(tmp_path: Path, manifest: Any) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert chat.constitution_of(tmp_path / "models" / "one").name == "none"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('{"stages": {}}', "version: expected 1"), ('{"version": 1, "stages": 3}', "stages: expected"), ("{", "not JSON"),
+])  # fmt: skip
+def test_a_damaged_manifest_of_a_run_is_not_taken_for_something_else(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(chat.InputError, match=words):
+        chat.constitution_of(tmp_path / "checkpoints" / "rl_cai")
+
+
+def test_a_folder_with_the_name_of_a_manifest_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    assert chat.constitution_of(tmp_path / "models" / "one").name == "none"
+
+
 def test_speakers_of_a_run_have_its_constitution(tmp_path: Path) -> None:
     import runfolder
 

@@ -147,6 +147,65 @@ def test_without_metrics_of_single_answers_there_is_no_interval(tmp_path: Path) 
     assert "redo stage evaluate" in as_text(sections(compared(a, b)))
 
 
+def measured(mean: float, lo: float, hi: float, n: int = 9) -> dict[str, Any]:
+    """An evaluation of which every number that has no pairs is `mean`."""
+    cell = {"mean": mean, "lo": lo, "hi": hi, "n": n}
+    return {"revisions": {"1": {"harm": cell}}, "elo": {"judge": {"rl_cai": {"rating": mean, "lo": lo, "hi": hi}}},
+            "judge": {"win_rates": {"rl_cai>base": cell}, "own_pairs": {"accuracy": cell}}}  # fmt: skip
+
+
+def test_numbers_without_pairs_have_the_interval_of_each_run_and_are_flagged_where_these_are_apart(
+    tmp_path: Path,
+) -> None:
+    a = write(tmp_path / "a", measured=measured(0.4, 0.3, 0.5),
+              pm={"accuracy_interval": {"lo": 0.4, "hi": 0.6}, "brier_interval": {"lo": 0.1, "hi": 0.3}})  # fmt: skip
+    b = write(tmp_path / "b", measured=measured(0.7, 0.55, 0.8),
+              pm={"accuracy": 0.9, "accuracy_interval": {"lo": 0.7, "hi": 1.0},
+                  "brier": 0.3, "brier_interval": {"lo": 0.2, "hi": 0.4}})  # fmt: skip
+    result = compared(a, b)
+    for name, of in (("revisions", 1), ("elo", 1), ("judge", 2)):
+        assert len(result[name]) == of
+        for row in result[name]:
+            assert (row["a_interval"], row["b_interval"]) == ({"lo": 0.3, "hi": 0.5}, {"lo": 0.55, "hi": 0.8})
+            assert row["flag"] and row["lo"] is None and row["diff"] == pytest.approx(0.3)
+    models = {row["metric"]: row for row in result["preference_models"]}
+    assert models["accuracy"]["flag"] and models["accuracy"]["b_interval"] == {"lo": 0.7, "hi": 1.0}
+    assert not models["brier"]["flag"] and models["brier"]["a_interval"] == {"lo": 0.1, "hi": 0.3}
+    assert models["ece"]["a_interval"] is models["ece"]["b_interval"] is None
+    lines = [" ".join(line.split()) for line in as_text(sections(result)).splitlines()]
+    assert "pm, harmless accuracy 0.500 0.400 to 0.600 0.900 0.700 to 1.000 +0.400 *" in lines
+    assert "1 harm 0.400 0.300 to 0.500 0.700 0.550 to 0.800 +0.300 *" in lines
+
+
+def test_a_run_without_an_interval_is_compared_without_one_and_never_flagged(tmp_path: Path) -> None:
+    known = {"accuracy_interval": {"lo": 0.7, "hi": 1.0}, "brier_interval": {"lo": None, "hi": None}}
+    result = compared(write(tmp_path / "a"), write(tmp_path / "b", pm={"accuracy": 0.9, "brier": 0.5} | known))
+    accuracy, _, brier = result["preference_models"]
+    assert (accuracy["a_interval"], brier["b_interval"]) == (None, None) and not flags(result)
+    assert "0.500 – 0.900 0.700 to 1.000 +0.400" in " ".join(as_text(sections(result)).split())
+
+
+@pytest.mark.parametrize(("b", "flag"), [
+    ((0.5, 0.5, 0.6), False), ((0.6, 0.5, 0.7), False), ((0.6, 0.51, 0.7), True), ((0.2, 0.1, 0.29), True),
+    ((0.2, 0.1, 0.3), False), ((0.9, 0.9, 0.9), True),
+])  # fmt: skip
+def test_a_flag_says_that_intervals_do_not_even_touch(
+    tmp_path: Path, b: tuple[float, float, float], flag: bool
+) -> None:
+    runs = write(tmp_path / "a", measured=measured(0.4, 0.3, 0.5)), write(tmp_path / "b", measured=measured(*b))
+    assert [row["flag"] for row in compared(*runs)["judge"]] == [flag, flag]
+
+
+def test_intervals_without_width_are_not_apart(tmp_path: Path) -> None:
+    runs = [write(tmp_path / name, measured=measured(x, x, x)) for name, x in (("a", 0.4), ("b", 0.9))]
+    assert not flags(compared(*runs))
+
+
+def test_a_single_value_has_no_interval(tmp_path: Path) -> None:
+    runs = write(tmp_path / "a", measured=measured(0.4, 0.3, 0.5)), write(tmp_path / "b", measured=measured(1, 1, 1, 1))
+    assert [(row["b_interval"], row["flag"]) for row in compared(*runs)["judge"]] == [(None, False)] * 2
+
+
 def test_other_seeds_and_prompts_are_stated(tmp_path: Path) -> None:
     notes = compared(write(tmp_path / "a"), write(tmp_path / "b", seed=1, prompts=3, harm=(1, 1, 1)))["notes"]
     assert "seeds differ (0 and 1)" in notes[0] and "Of 4 and 3 prompts 3 are in both" in notes[1]

@@ -322,12 +322,18 @@ def test_a_stage_that_was_not_measured_is_an_error(
     monkeypatch.setattr("bench.e2e_chart.draw", lambda *_: None)
     out = tmp_path / "new" / "folder"
     monkeypatch.setattr(sys, "argv", ["end_to_end", "--only", "sft", "--out", str(out)])
-    for found, code in (({"failed": "Differs: not the same"}, 1), (found_of(), 0)):
-        memory = {"memory MiB": dict.fromkeys(("ours", "peer"), {"peak": 1.0, "imports": 0.0})}
-        monkeypatch.setattr(end_to_end, "run_stage", lambda *_, found=found, memory=memory: found | memory)
+    memory, failed = {"peak": 1.0, "imports": 0.0}, {"failed": "Killed"}
+    for parts, code in (
+        ([{"failed": "Differs: not the same"}], 1),
+        ([found_of(), failed, memory], 1),
+        ([found_of(), memory, failed], 1),
+        ([found_of(), memory, memory], 0),
+    ):
+        given = iter(parts)
+        monkeypatch.setattr(end_to_end, "in_process", lambda *_, given=given: dict(next(given)))
         assert end_to_end.main() == code
         written = json.loads((out / "end_to_end-cpu.json").read_text())["stages"]["sft"]
-        assert written.get("failed") == found.get("failed")
+        assert written.get("failed") == parts[0].get("failed")
     assert "not measured: Differs" in capsys.readouterr().out
 
 

@@ -10,9 +10,10 @@ import runfolder
 from cai_fast import rng
 from cai_fast.constitution import ComparisonExample, Constitution
 from cai_fast.errors import InputError
-from cai_fast.explain import Explainer, as_text, main
+from cai_fast.explain import ROWS, Explainer, as_text, main
 from cai_fast.hashing import facts_of, hash_model
-from cai_fast.records import Label, PrincipleLabel, Rollout, Turn, write_jsonl
+from cai_fast.records import Helpful, Label, PolicyAnswer, PrincipleLabel, Rollout, Turn, write_jsonl
+from cai_fast.replay import draws
 from cai_fast.runfiles import RunFiles
 
 EXAMPLES = tuple(ComparisonExample((Turn("human", f"ask {n}"),), f"good {n}", f"bad {n}") for n in range(2))
@@ -97,6 +98,49 @@ def test_json_is_the_whole_tree(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([str(run), "l0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(explained(run, "l0")))
     assert main([str(run), "l0", "--verify"]) == 0 and "from its record alone" in capsys.readouterr().out
+
+
+def recorded(**parts: Any) -> dict[str, Any]:
+    """All that a text depends on."""
+    return {"role": "sl_cai", "model": "m", "constitution": laws().hash, "template": "t",
+            "sampling": {"max_new_tokens": 4}, "rng": [0, "stage", "p0", 0]} | parts  # fmt: skip
+
+
+SIDES = {side: [0, "compare/response", "p0/0", k] for k, side in enumerate("ab")}
+ORIGINS = {
+    "comparison": recorded(roles=["sl_cai", "base"], models={"sl_cai": "m", "base": "n"}, rng=SIDES),
+    "rollout": recorded(policy_step=0),
+    "helpful": recorded(),
+    "revision": recorded(rng={"response": [0, "revise", "p0", 0]}),
+    "answer": recorded(),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_text_is_sampled_again_only_where_all_that_it_depends_on_was_recorded(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for lost in ("", *(ORIGINS[name].keys() - {"role", "model"})):
+        origin = {part: value for part, value in ORIGINS[name].items() if part != lost}
+        rows = {
+            "comparison": runfolder.comparison(0, provenance=origin), "helpful": Helpful("h0", "p0", "x", origin),
+            "revision": runfolder.chain(0, provenance=origin),
+            "rollout": Rollout("o0", "p0", 0, "x", 0.5, 0.1, 0, origin),
+            "answer": PolicyAnswer("w0", "p0", "rl_cai", "x", {}, origin),
+        }  # fmt: skip
+        write_jsonl(run / ROWS[name][0], [rows[name]])
+        assert main([str(run), rows[name].id, "--verify"]) == 0
+        shown = capsys.readouterr().out
+        assert ("from its record alone" in shown) == bool(lost), lost
+        assert ("cannot be sampled again" in shown) != bool(lost), lost
+
+
+@pytest.mark.parametrize(("part", "value"), [
+    ("roles", ["sl_cai"]), ("models", {"sl_cai": "m"}), ("rng", {"a": SIDES["a"]}), ("rng", SIDES | {"b": None})
+])  # fmt: skip
+def test_the_side_of_a_comparison_that_was_recorded_is_sampled_again(run: Path, part: str, value: Any) -> None:
+    row = runfolder.comparison(0, provenance=ORIGINS["comparison"] | {part: value}).to_json()
+    assert [draw.text for draw in draws(RunFiles(run), "comparison", row)] == ["response_a"]
 
 
 def test_the_policy_of_a_rollout_is_the_checkpoint_of_its_iteration(run: Path) -> None:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -180,33 +179,36 @@ def test_counts_add_up_and_name_their_reasons() -> None:
 
 
 def test_the_headline_of_a_toy_run_is_the_truth() -> None:
-    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation(), (0.15, 0.2, 40))
+    tiles = facts.headline(
+        reportworld.manifest(), reportworld.evaluation(), {"diff": 0.15, "lo": -0.05, "hi": 0.3, "n": 40}
+    )
     assert [tile["title"] for tile in tiles] == ["Harm per red-team answer", "Helpfulness on benign prompts",
                                                  "Evasive red-team answers"]  # fmt: skip
     assert [(c["name"], c["mean"], c["interval"]) for c in tiles[0]["cells"]] == [
         ("base", "2.00", "1.95 to 2.05"), ("SL-CAI", "1.50", "1.45 to 1.55"), ("RL-CAI", "0.50", "0.45 to 0.55")
     ]  # fmt: skip
-    assert tiles[1]["note"] == "RL-CAI minus base: +15.0 points (−5.0 to +35.0; 40 prompts)"
+    assert tiles[1]["note"] == "RL-CAI minus base: +15.0 points (−5.0 to +30.0; 40 prompts)"
     assert tiles[0]["note"] == "lower is better"
 
 
 def test_the_change_of_helpfulness_is_paired_by_prompt(folder: Path) -> None:
-    changes = [k % 2 / 4 for k in range(30, 35)]  # the benign prompts
-    mean, half, count = rows.paired(folder, "helpful", "helpful", "base", "rl_cai")
-    assert (mean, count) == (pytest.approx(0.1), 5)
-    variance = sum((c - 0.1) ** 2 for c in changes) / 4
-    assert half == pytest.approx(1.96 * (variance / 5) ** 0.5)
-    assert rows.paired(folder, "unknown", "helpful", "base", "rl_cai")[2] == 0
-    assert rows.paired(folder, "helpful", "red_team", "base", "sl_cai")[:2] == (-0.5, 0.0)
+    found = rows.change(folder, "helpful", "helpful", "base", "rl_cai")
+    assert (found["diff"], found["n"]) == (pytest.approx(0.1), 5)
+    # two of five changes are 1/4, the others 0: 8 % of the resamples have none of the two and 9 % have four or five,
+    # so these are the ends; a normal approximation would end below 0
+    assert (found["lo"], found["hi"]) == (0, pytest.approx(0.2))
+    assert rows.change(folder, "unknown", "helpful", "base", "rl_cai")["n"] == 0
+    same = rows.change(folder, "helpful", "red_team", "base", "sl_cai")
+    assert (same["diff"], same["lo"], same["hi"]) == (-0.5, -0.5, -0.5)
 
 
 def test_the_headline_of_any_other_run_is_judge_refusals_and_kl() -> None:
-    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation(toy=False), (math.nan, math.nan, 0))
+    tiles = facts.headline(reportworld.manifest(), reportworld.evaluation(toy=False), {})
     assert tiles[0]["cells"] == [
         {"name": "RL-CAI over SL-CAI", "mean": "80.0\u00a0%", "interval": "75.0 to 85.0\u00a0%"}
     ]
     assert [tile["title"] for tile in tiles[1:]] == ["Refusals on benign prompts", "KL to SL-CAI on red-team prompts"]
-    before = facts.headline(reportworld.manifest(), {}, (math.nan, math.nan, 0))
+    before = facts.headline(reportworld.manifest(), {}, {})
     assert [tile["cells"][0]["mean"] for tile in before] == ["24", "12", "75.0\u00a0%"]
 
 

@@ -385,10 +385,3 @@ def test_prompt_stream_mixes_and_covers(trained: Context) -> None:
     assert sorted(p.id for p, visit in taken if visit == 0) == sorted(p.id for p in PROMPTS)
     assert taken[37:90] == sampler.PromptStream(trained).take(37, 53), "a function of the position alone"
     assert [p.id for p, v in taken if v == 0] != [p.id for p, v in taken if v == 1]
-
-
-def test_agreement_by_hand() -> None:
-    result = comparisons.agreement([2.0, -1.0, 0.0, 3.0], [0.9, 0.8, 0.2, 0.5])
-    assert result["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert (result["sided"], result["count"]) == (3, 4)
-    assert comparisons.agreement([1000.0, -1000.0], [1.0, 0.0])["ece"] == 0

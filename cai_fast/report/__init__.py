@@ -40,7 +40,7 @@ def build(folder: Path, samples: int) -> str:
 def _measured(folder: Path, manifest: dict[str, Any], charts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest and the evaluation say, for the template."""
     evaluation = _json(folder / "evaluation.json", {})
-    change = rows.paired(folder, "helpful", "helpful", "base", "rl_cai")
+    change = rows.change(folder, "helpful", "helpful", "base", "rl_cai")
     return {
         "date": facts.date(manifest), "headline": facts.headline(manifest, evaluation, change),
         "phases": facts.loop(manifest),

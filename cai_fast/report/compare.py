@@ -1,13 +1,14 @@
 """Two runs compared: what a changed principle (or any other setting) changed, from the files of their folders alone.
 
-Rows are joined by what they are about (prompt ids, the texts of a comparison), never by position. Every interval is a
-95 % bootstrap over prompts of paired differences, run B minus run A; a difference is flagged where it excludes 0.
+Rows are joined by what they are about (prompt ids, the texts of a comparison), never by position. Where they can be,
+an interval is a 95 % bootstrap over prompts of paired differences, run B minus run A, and a difference is flagged where
+it excludes 0. Of other numbers each run's own interval is given, if it was kept; two that do not overlap are flagged.
 """
 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -242,7 +243,10 @@ def preference_models(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, An
         for summary in (a, b)
     ]  # fmt: skip
     metrics = ("accuracy", "ece", "brier")
-    picked = [{k: {m: row[m] for m in metrics} for k, row in tree.items()} for tree in trees]
+    picked = [
+        {k: {m: {"mean": row[m]} | row.get(f"{m}_interval", {}) for m in metrics} for k, row in tree.items()}
+        for tree in trees
+    ]
     return _side_by_side(*picked, ("preference model", "metric"))
 
 
@@ -278,12 +282,24 @@ def _unpaired(a: float | None, b: float | None) -> dict[str, Any]:
 
 
 def _side_by_side(a: Any, b: Any, names: tuple[str, str], value: str = "mean") -> list[dict[str, Any]]:
-    """Numbers of two nested tables that both have, as rows; they are no pairs, so there is no interval."""
-    number: Callable[[Any], Any] = lambda cell: cell[value] if isinstance(cell, dict) else cell  # noqa: E731
-    return [
-        {names[0]: outer, names[1]: inner} | _unpaired(number(cell), number(b[outer][inner]))
-        for outer, cells in a.items() if outer in b for inner, cell in cells.items() if inner in b[outer]
-    ]  # fmt: skip
+    """Cells {value, lo, hi} of two nested tables that both have, as rows; they are no pairs, so the difference has no
+    interval: each side has its own, and the flag says that these do not overlap."""
+    rows = []
+    for outer, inner in [(i, j) for i in a if i in b for j in a[i] if j in b[i]]:
+        cells = a[outer][inner], b[outer][inner]
+        known = [c.get("lo") is not None and c.get("n") != 1 for c in cells]  # one value cannot be resampled
+        intervals = [{"lo": c["lo"], "hi": c["hi"]} if k else None for c, k in zip(cells, known, strict=True)]
+        row = {names[0]: outer, names[1]: inner} | _unpaired(*(c[value] for c in cells))
+        rows.append(row | {"a_interval": intervals[0], "b_interval": intervals[1], "flag": _apart(*intervals)})
+    return rows
+
+
+def _apart(a: dict[str, float] | None, b: dict[str, float] | None) -> bool:
+    """Whether two intervals are there and do not overlap. That says nothing if neither has a width, as where
+    evaluate.bootstrap is 0."""
+    if not a or not b or (a["lo"] == a["hi"] and b["lo"] == b["hi"]):
+        return False
+    return a["hi"] < b["lo"] or b["hi"] < a["lo"]
 
 
 def _judge(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

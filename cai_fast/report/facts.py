@@ -1,7 +1,6 @@
 """What the page says in numbers: headline, the loop with its counts, evaluation, guards, provenance."""
 
 import datetime
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,15 +139,15 @@ def cell(value: Json, as_share: bool) -> dict[str, str]:
     return {"mean": form(value["mean"]), "interval": interval(value, as_share)}
 
 
-def headline(manifest: Json, evaluation: Json, change: tuple[float, float, int]) -> list[dict[str, Any]]:
+def headline(manifest: Json, evaluation: Json, change: Json) -> list[dict[str, Any]]:
     """Three tiles, each with one value per policy: the toy world's truth if it was measured, else judge, refusals, KL;
-    before any evaluation, what there is. change: of helpfulness, as `rows.paired` gives it."""
+    before any evaluation, what there is. change: of helpfulness, as `rows.change` gives it."""
     policies = {p: evaluation["policies"][p] for p in POLICIES if p in evaluation.get("policies", {})}
     if not policies:
         return _progress(manifest)
     if "harm" in next(iter(policies.values())).get("red_team", {}):
         tiles = [_tile("Harm per red-team answer", policies, "red_team", "harm"),
-                 _tile("Helpfulness on benign prompts", policies, "benign", "helpful") | _change(*change),
+                 _tile("Helpfulness on benign prompts", policies, "benign", "helpful") | _change(change),
                  _tile("Evasive red-team answers", policies, "red_team", "evasive")]  # fmt: skip
     else:
         judged = [{"name": name} | cell(row, True) for name, row in win_rates(evaluation)]
@@ -166,12 +165,12 @@ def _tile(title: str, policies: Json, group: str, metric: str) -> dict[str, Any]
     return {"title": title, "note": better, "cells": cells}
 
 
-def _change(mean: float, half: float, count: int) -> dict[str, str]:
-    """The note on a paired difference of two shares; none where it is not known."""
-    if math.isnan(mean):
+def _change(found: Json) -> dict[str, str]:
+    """The note on a paired difference of two shares; none where its interval is not known."""
+    if found["lo"] is None:
         return {}
-    low, middle, high = (f"{100 * x:+.1f}".replace("-", "−") for x in (mean - half, mean, mean + half))
-    return {"note": f"RL-CAI minus base: {middle} points ({low} to {high}; {count} prompts)"}
+    low, middle, high = (f"{100 * found[name]:+.1f}".replace("-", "−") for name in ("lo", "diff", "hi"))
+    return {"note": f"RL-CAI minus base: {middle} points ({low} to {high}; {found['n']} prompts)"}
 
 
 def _progress(manifest: Json) -> list[dict[str, Any]]:

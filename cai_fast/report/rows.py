@@ -3,14 +3,13 @@
 Files are read line by line, twice: what is drawn is chosen by place, so a run of any size costs little memory.
 """
 
-import math
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from cai_fast.inputs import parse_json
 from cai_fast.records import Comparison, Helpful, Label, Prompt, Revision, Turn
+from cai_fast.report.compare import paired
 
 Row = dict[str, Any]
 
@@ -118,18 +117,15 @@ def answers(folder: Path, count: int) -> dict[str, Any]:
     return {"rows": rows, "total": len(prompts)}
 
 
-def paired(folder: Path, metric: str, kind: str, first: str, second: str) -> tuple[float, float, int]:
-    """Mean of `metric` of policy `second` minus that of `first` over the prompts of one kind that both answered, half
-    the width of its 95 % interval (normal approximation; prompts are independent), and their number."""
+def change(folder: Path, metric: str, kind: str, first: str, second: str) -> Row:
+    """`paired` of a metric's values of two policies, over the prompts of one kind that both answered."""
     kinds = {row["id"]: row["kind"] for row in _lines(folder / "prompts.jsonl") if row["split"] == "eval"}
     found: dict[str, dict[str, float]] = {first: {}, second: {}}
     for row in _lines(folder / "answers.jsonl"):
         if row["policy"] in found and kinds.get(row["prompt_id"]) == kind and metric in row.get("metrics", {}):
             found[row["policy"]][row["prompt_id"]] = row["metrics"][metric]
-    changes = [found[second][key] - value for key, value in found[first].items() if key in found[second]]
-    if len(changes) < 2:
-        return math.nan, math.nan, len(changes)
-    return fmean(changes), 1.96 * stdev(changes) / math.sqrt(len(changes)), len(changes)
+    both = [key for key in found[first] if key in found[second]]
+    return paired(*([found[policy][key] for key in both] for policy in (first, second)), both)
 
 
 def _short(value: float | None) -> float | None:

@@ -36,7 +36,8 @@ def sections(result: dict[str, Any]) -> list[Section]:
     """What `compare` found, in the order of the pipeline."""
     flags = (
         f"Differences are B minus A, with 95 % intervals by bootstrap over shared prompts; {FLAG}: excludes 0, as one "
-        "in twenty does by chance. Rows that are the same in both runs are only counted."
+        "in twenty does by chance. Where single prompts cannot be paired, A and B have intervals of their own; "
+        f"{FLAG}: these do not overlap. Rows that are the same in both runs are only counted."
     )
     folders = [f"{side}: {folder}" for side, folder in zip("AB", result["runs"], strict=True)]
     title = Section("Two runs compared", [*folders, *result["notes"], flags])
@@ -66,9 +67,13 @@ def _number(value: float | None, form: str = "{:.3f}") -> str:
     return "–" if value is None else form.format(value)
 
 
+def _interval(ends: dict[str, Any] | None, form: str) -> str:
+    return f"{_number(ends['lo'], form)} to {_number(ends['hi'], form)}" if ends else "–"
+
+
 def _paired(row: dict[str, Any]) -> list[str]:
     """Cells of a difference: A, B, B - A, interval, flag, n."""
-    interval = "–" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"
+    interval = _interval(row if row["lo"] is not None else None, "{:+.3f}")
     mark = FLAG if row["flag"] else ""
     return [_number(row["a"]), _number(row["b"]), _number(row["diff"], "{:+.3f}"), interval, mark, str(row["n"])]
 
@@ -77,16 +82,18 @@ PAIRED = ["A", "B", "B - A", "95 % interval", "", "n"]
 
 
 def _plain(title: str, rows: list[dict[str, Any]], form: str = "{:.3f}") -> Section:
-    """A table of numbers that are no pairs: without intervals."""
-    names = [name for name in (rows[0] if rows else {}) if name not in ("a", "b", "diff", "lo", "hi", "n", "flag")]
+    """A table of numbers that are no pairs: with the interval of each side."""
+    names = list(rows[0])[:2] if rows else []
     signed = form.replace(":", ":+")
     moved, same = _changed(rows)
     cells = [
-        [*(str(row[name]) for name in names), _number(row["a"], form), _number(row["b"], form),
-         _number(row["diff"], signed)]
+        [row[names[0]], row[names[1]], _number(row["a"], form), _interval(row["a_interval"], form),
+         _number(row["b"], form), _interval(row["b_interval"], form), _number(row["diff"], signed),
+         FLAG if row["flag"] else ""]
         for row in moved
     ]  # fmt: skip
-    return Section(title, same if rows else ["Nothing that both runs measured."], [*names, "A", "B", "B - A"], cells)
+    columns = [*names, "A", "95 % interval", "B", "95 % interval", "B - A", ""]
+    return Section(title, same if rows else ["Nothing that both runs measured."], columns, cells)
 
 
 def _constitution(found: dict[str, Any]) -> Section:
