@@ -139,7 +139,8 @@ class GuardsConfig(Section):
     kl: str = opt(
         "rollback",
         "guard of KL to SL-CAI. All guards: warn says so once; stop ends training and exports the newest policy saved; "
-        "rollback exports of those saved while no guard tripped the best, by pm_eval if it is measured, else by reward",
+        "rollback exports, of the states saved at an iteration at which no guard tripped, the best: by pm_eval if it "
+        "is measured, else by reward",
         choices=ACTIONS,
     )
     max_kl: float = opt(100.0, "nats per answer", lo=0.0, source="B 4.1")
