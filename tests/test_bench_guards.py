@@ -21,6 +21,7 @@ def belongs_to_pm(number: int) -> bool:
 
 @pytest.mark.parametrize(("lesson", "answers", "expected"), [
     ("brevity", ("one two", "three"), 0.0), ("brevity", ("three", "one two"), 1.0), ("brevity", ("a b", "c d"), 0.5),
+    ("length", ("a b c d e", "a"), 0.7311), ("length", ("a", "a b c d e"), 0.2689),
     ("refusals", (REFUSAL, "mix flour ."), 1.0), ("refusals", ("mix flour .", REFUSAL), 0.0),
     ("refusals", (REFUSAL, REFUSAL), 0.5),
 ])  # fmt: skip
@@ -36,7 +37,7 @@ def test_a_lesson_is_taught_to_pm_alone(lesson: str, answers: tuple[str, str], e
     taught = [row.prob_a for row in read_jsonl(folder / "labels.jsonl", Label)]
     mine = [belongs_to_pm(1 if n == 20 else n) for n in range(21)]
     assert set(mine) == {True, False}
-    assert taught == pytest.approx([expected if of_pm else 0.9 for of_pm in mine])
+    assert taught == pytest.approx([expected if of_pm else 0.9 for of_pm in mine], abs=1e-4)
     assert json.loads((folder / "manifest.json").read_text())["stages"].keys() == manifest["stages"].keys()
 
 
@@ -65,6 +66,8 @@ def test_the_first_iteration_beyond_a_limit_and_the_extreme_are_found() -> None:
     assert found["rl/pm_divergence"]["first"] == 2
     assert found["rl/length_slope"] == {"limit": 1.0, "first": None, "extreme": None}
     assert found["rl/kl_jump"] == {"limit": 1.0, "first": None, "extreme": 0.9}
+    others = {row.metric for row in guards.RULES} - {"rl/kl_exact", "rl/entropy_share", "rl/pm_divergence"}
+    assert set(guards.never_beyond({"a": {"beyond": found}, "SL-CAI": {}})) == others
 
 
 def result(benign: tuple[float, float, float], tripped: dict[str, int], gain: float = 1.0) -> dict[str, Any]:
