@@ -131,11 +131,11 @@ class Checkpoints:
         types = {n: torch.empty(size, dtype=BY_NAME[dtype], device="meta") for n, (dtype, size) in tree["tensors"]}
         return Saved(**(tree | {"tensors": types}), folder=folder / name)
 
-    def copy_newest(self, folder: Path) -> None:
-        """Keep the newest step in another folder too, instead of what is there. Hard links: it takes no room until the
-        step is pruned here."""
+    def copy(self, step: int, folder: Path) -> None:
+        """Keep a step in another folder too, instead of what is there. Hard links: it takes no room until the step is
+        pruned here."""
         self.wait()
-        self.dist.on_main(lambda: _copy(_steps(self.folder)[-1][2], folder))
+        self.dist.on_main(lambda: _copy(max(found for found in _steps(self.folder) if found[0] == step)[2], folder))
 
     def load(self, saved: Saved, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place, plain or DTensor, whatever the number of ranks was; each rank reads its shards only.

@@ -79,7 +79,10 @@ class RlConfig(Section):
     )
     missing_eos_penalty: float = opt(0.0, "subtracted from the reward of an answer that never stops", lo=0.0)
     micro_tokens: int = opt(16384, "tokens per forward pass", lo=16, work=True)
-    save_every: int = opt(50, "iterations (dpo: steps) between checkpoints; 0: only at the end", lo=0, work=True)
+    save_every: int = opt(
+        50, "iterations (dpo: steps) between states, from which the stage continues and of which a guard's rollback "
+        "exports the best; 0: only at the end", lo=0,
+    )  # fmt: skip
     snapshot_every: int = opt(
         0, "iterations between exports of the policy so far, as checkpoints/rl_cai_step_00010; 0: none", lo=0,
         source="P Fig. 8",
@@ -136,7 +139,8 @@ class GuardsConfig(Section):
     kl: str = opt(
         "rollback",
         "guard of KL to SL-CAI. All guards: warn says so once; stop ends training and exports the newest policy saved; "
-        "rollback exports of those saved while no guard tripped the best, by pm_eval if it is measured, else by reward",
+        "rollback exports, of the states saved at an iteration at which no guard tripped, the best: by pm_eval if it "
+        "is measured, else by reward",
         choices=ACTIONS,
     )
     max_kl: float = opt(100.0, "nats per answer", lo=0.0, source="B 4.1")

@@ -1,7 +1,8 @@
 """The training states of stage rl on disk: the newest, the best before it, and one that a stop signal left behind.
 
 Saved as often as `rl.save_every` says, once the guards have judged the policy's answers: so the newest state is always
-a usable policy. Before it is replaced it is kept beside it, if it is the best so far, and no guard had tripped then.
+a usable policy. Before it is replaced it is kept beside it, if it is the best so far of those saved at an iteration at
+which no guard tripped; a guard that warned earlier does not count.
 A stop signal saves a state of its own, from which the stage continues but to which no guard falls back: so a run that
 was interrupted exports what an unbroken one does.
 """
@@ -16,6 +17,9 @@ from cai_fast.distributed import Stopped
 from cai_fast.guards import Trip
 from cai_fast.pipeline import Context
 from cai_fast.policy_gradient import PolicyGradient
+
+Scored = tuple[int, float | None]
+NONE: Scored = (0, None)
 
 
 class RlStates:
@@ -33,10 +37,10 @@ class RlStates:
         newest, stopped = self.newest.latest(), self.stopped.latest()
         self.saved = newest.step if newest else 0  # step of the newest state; 0 is SL-CAI, which needs none
         self.found: Saved | None = stopped if stopped and stopped.step > self.saved else newest
-        about = self.found.extra if self.found else {}
         # (step, score) of the newest state, and of the best before it; a score of None is that of no candidate.
-        self.newest_score: tuple[int, float | None] = (self.saved, about.get("score"))
-        self.best: tuple[int, float | None] = tuple(about.get("best", (0, None)))
+        step, score = (newest or stopped).extra["newest"] if newest or stopped else (0, None)
+        self.newest_score: Scored = (self.saved, score if step == self.saved else None)  # not that of a damaged state
+        self.best: Scored = tuple(self.found.extra["best"]) if self.found else NONE
 
     def due(self, step: int) -> bool:
         """Whether a state is to be saved at this step."""
@@ -45,7 +49,7 @@ class RlStates:
     def judged(self, step: int, trainer: PolicyGradient, extra: dict[str, Any], score: float | None) -> None:
         """Save where it is due or a stop was asked for; no guard has ended training at `step`. Collective.
 
-        score: how good the policy is; None if a guard has tripped. Raises Stopped after a signal.
+        score: how good the policy is; None if a guard tripped at this step. Raises Stopped after a signal.
         """
         stop = self.ctx.dist.stop_agreed()
         if step == 0:
@@ -69,14 +73,14 @@ class RlStates:
 
     def _save(self, states: Checkpoints, step: int, trainer: PolicyGradient, extra: dict[str, Any]) -> None:
         heartbeat.at("rl: saving", f"iteration {step}")
-        trainer.save(states, step, extra | {"score": self.newest_score[1], "best": list(self.best)})
+        trainer.save(states, step, extra | {"newest": list(self.newest_score), "best": list(self.best)})
 
     def _promote(self) -> None:
         """Keep the newest state, which is about to be replaced, if it is the best so far. Collective."""
         if _better(self.newest_score, self.best):
             self.best = self.newest_score
             if self.best[0]:
-                self.newest.copy_newest(self.best_folder)
+                self.newest.copy(self.best[0], self.best_folder)
 
     def _drop_stopped(self) -> None:
         """Give back the disk of a state that a newer one makes useless. Collective."""
@@ -86,22 +90,25 @@ class RlStates:
             self.ctx.dist.on_main(lambda: shutil.rmtree(folder))
 
     def choose(self, trip: Trip) -> tuple[Saved | None, str]:
-        """What to export after a trip, None being SL-CAI, and why. Collective."""
-        newest = self.newest.latest()
+        """What to export after a trip, None being SL-CAI, and why: the other candidate if the better one is damaged.
+        Collective."""
         if trip.action == "stop":
+            newest = self.newest.latest()
             return newest, "the newest state that was saved" if newest else "SL-CAI, as no state was saved"
-        if _better(self.newest_score, self.best):
-            self.best, chosen = self.newest_score, newest
-        else:
-            chosen = self.newest.latest(self.best_folder) if self.best[0] else None
-        step, score = self.best
-        if score is None:
-            return None, "no state was saved while no guard tripped"
+        candidates = [(self.newest_score, self.newest.folder), (self.best, self.best_folder)]
+        if not _better(self.newest_score, self.best):
+            candidates.reverse()
         name = "pm_eval score" if self.ctx.config.guards.pm_eval_every else "reward"
-        found = chosen.step if chosen else 0
-        if found != step:  # damaged: SL-CAI is never
-            return chosen, f"the best state, of iteration {step}, is damaged"
-        return chosen, f"the best by mean {name}, {score:.4g}, while no guard had tripped"
+        damaged = ""
+        for (step, score), folder in candidates:
+            if not _better((step, score), NONE):
+                continue
+            state = self.newest.latest(folder) if step else None
+            if step == (state.step if state else 0):
+                of = "of those saved at an iteration at which no guard tripped"
+                return state, f"the best by mean {name}, {score:.4g}, {of}{damaged}"
+            damaged += f"; the state of iteration {step} is damaged"
+        return None, f"SL-CAI, as no intact state was saved at an iteration at which no guard tripped{damaged}"
 
     def __enter__(self) -> "RlStates":
         self.newest.__enter__()
@@ -113,7 +120,7 @@ class RlStates:
         self.newest.__exit__(*error)
 
 
-def _better(new: tuple[int, float | None], old: tuple[int, float | None]) -> bool:
+def _better(new: Scored, old: Scored) -> bool:
     if new[1] is None or math.isnan(new[1]):
         return False
     return old[1] is None or new[1] > old[1]

@@ -183,7 +183,9 @@ def _stage(ctx: "Context", name: str) -> bool:
     heartbeat.at(name, "start")
     ctx.run.begin(name, inputs)
     stage.run(ctx)
-    return ctx.run.record(name)["starts"] == 1  # else an earlier process may have read what this one had no need of
+    record = ctx.run.record(name)
+    # Else an earlier process may have read what this one had no need of, or a guard may have ended it before an update.
+    return record["starts"] == 1 and not record["summary"].get("guard")
 
 
 def _say(text: str, stream: TextIO | None = None, speak: bool | None = None) -> bool:

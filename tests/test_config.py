@@ -176,6 +176,7 @@ def test_stage_settings_hold_what_matters_and_no_more() -> None:
     assert settings("label", "--data.few_shot_pool", "9") != settings("label")
     assert settings("sft", "--seed", "1") != settings("sft")
     assert settings("sft", "--rl.lr", "1") == settings("sft")
+    assert settings("rl", "--rl.save_every", "3") != settings("rl")  # a rollback exports one of the states
     assert settings("sft", "--model.assistant", "x") == settings("sft")
     assert settings("revise", "--model.assistant", "x") != settings("revise")
     for stage in config.STAGES:

@@ -1,4 +1,4 @@
-"""RLOO, GRPO and the KL estimators: advantages by hand, gradients in fp64, expectations over every answer there is."""
+"""RLOO, GRPO and the KL estimators: advantages by hand, invariances, expectations over every answer there is."""
 
 import itertools
 import math
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_ppo import SCORES, arm_probs, examples, settings
-from tiny import CONFIG, alone, gradients, relative_difference, tiny_model
+from tiny import CONFIG, alone, gradients, log_probs, relative_difference, tiny_model
 from torch import Tensor
 
 from cai_fast import advantages, config
-from cai_fast.batching import Example, pack_targets
+from cai_fast.batching import Example
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.errors import InputError
 from cai_fast.model import Model, ScalarHead, init_random
@@ -23,10 +23,13 @@ GROUPS = [0, 3, 0, 3, 3, 0, 6, 6, 9, 9, 9, 9]  # of the twelve examples; interle
 Named = dict[str, Tensor]
 
 
-def make(policy: Model | None = None, reference: Model | None = None, **changes: object) -> PolicyGradient:
+def make(
+    policy: Model | None = None, reference: Model | None = None, critic: Critic | None = None, **changes: object
+) -> PolicyGradient:
     policy, reference = policy or tiny_model(2), reference or tiny_model(1)
     cfg = settings(**({"samples_per_prompt": 2, "algorithm": "rloo", "minibatches": 1} | changes))
-    critic = Critic(ScalarHead(policy.config.hidden_size)) if cfg.network else None
+    if cfg.network and critic is None:
+        critic = Critic(ScalarHead(policy.config.hidden_size))
     return PolicyGradient(policy, reference.requires_grad_(False), critic, cfg, seed=0, dist=alone())
 
 
@@ -109,51 +112,7 @@ def test_the_toy_presets_change_nothing_but_the_algorithm(name: str) -> None:
         assert other.rl.prompts_per_step * other.rl.samples_per_prompt == toy.rl.prompts_per_step
 
 
-# Gradients
-
-
-def log_probs(model: Model, example: Example, temperature: float) -> Tensor:
-    """[N, V] in fp64 of the states before each target."""
-    batch = pack_targets([example])
-    return (model(batch.packed)[batch.rows].double() @ model.lm_head_weight.double().t() / temperature).log_softmax(-1)
-
-
-def by_hand(trainer: PolicyGradient, scores: Tensor, estimator: str) -> Named:
-    """The gradient of the first step in plain torch, with loops for the advantages of RLOO and GRPO."""
-    cfg, rows = trainer.settings, []
-    for example in examples():
-        p = log_probs(trainer.policy, example, cfg.temperature)
-        q = log_probs(trainer.reference, example, cfg.temperature).detach()
-        rows.append((p, q, torch.tensor(example.target_ids)[:, None]))
-    k1 = [float((p - q).detach().gather(1, taken).sum()) for p, q, taken in rows]
-    rewards = [float(s) - (cfg.kl_coef * k if estimator == "k1" else 0.0) for s, k in zip(scores, k1, strict=True)]
-    total = torch.zeros((), dtype=torch.float64)
-    for i, (p, q, taken) in enumerate(rows):
-        others = [r for j, r in enumerate(rewards) if GROUPS[j] == GROUPS[i] and j != i]
-        group = torch.tensor([rewards[i], *others], dtype=torch.float64)
-        if cfg.algorithm == "rloo":
-            advantage = rewards[i] - sum(others) / len(others)
-        else:
-            advantage = float((rewards[i] - group.mean()) / (group.std(unbiased=False) + 1e-4))
-        own, d = (x.gather(1, taken) for x in (p, q - p))
-        total = total - advantage * (own - own.detach()).exp().sum()
-        if estimator != "k1":
-            penalty = {"k2": d.square() / 2, "k3": d.exp() - 1 - d, "exact": p.exp() * (p - q)}[estimator]
-            total = total + cfg.kl_coef * penalty.sum()
-    names, parameters = zip(*trainer.policy.named_parameters(), strict=True)
-    tokens = sum(len(taken) for _, _, taken in rows)
-    return dict(zip(names, torch.autograd.grad(total / tokens, parameters), strict=True))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_gradient_is_that_of_plain_torch(algorithm: str, estimator: str) -> None:
-    trainer = make(algorithm=algorithm, kl_estimator=estimator, kl_coef=0.3, temperature=0.8)
-    expected = by_hand(trainer, SCORES, estimator)
-    rollouts = measured(trainer)
-    assert len(rollouts.bins) > 2
-    trainer._accumulate(rollouts.bins, 1 / rollouts.tokens[0])
-    assert relative_difference(gradients(trainer.policy), expected) < 1e-4
+# Gradients; those of the first step are in test_rl_gradients.py
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -357,11 +357,11 @@ def test_an_interrupted_run_rolls_back_to_what_an_unbroken_one_does(
             patch.setattr(RlStates, "judged", judged)
             expected: Any = Stopped
         else:
-            name = "copy_newest" if moment == "before the best was kept" else "save"
+            name = "copy" if moment == "before the best was kept" else "save"
             real, calls = getattr(Checkpoints, name), iter(range(10**6))
 
             def dying(states: Checkpoints, *args: Any) -> None:
-                if next(calls) == (0 if name == "copy_newest" else 2):  # iteration 3, which replaces that of 2
+                if next(calls) == (0 if name == "copy" else 2):  # iteration 3, which replaces that of 2
                     raise Killed
                 real(states, *args)
 

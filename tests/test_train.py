@@ -23,7 +23,7 @@ class FakeStage:
     """A stage that reads one setting, writes one file, and can be made to fail."""
 
     def __init__(self, name: str, ran: list[str]):
-        self.name, self.ran, self.failure = name, ran, None
+        self.name, self.ran, self.failure, self.summary = name, ran, None, {}
 
     def inputs(self, ctx: Any) -> dict[str, Any]:
         return {"settings": config.stage_settings(ctx.config, self.name)}
@@ -34,7 +34,7 @@ class FakeStage:
         section = getattr(ctx.config, self.name)
         assert section.lr > 0
         ctx.run.path(f"{self.name}.txt").write_text("made")
-        ctx.run.finish(self.name, [f"{self.name}.txt"], {})
+        ctx.run.finish(self.name, [f"{self.name}.txt"], self.summary)
         self.ran.append(self.name)
 
 
@@ -100,6 +100,11 @@ def test_a_setting_that_nothing_reads_is_an_error(world: SimpleNamespace, capsys
     assert world.ran == ["sft", "pm", "rl"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert "rl.vf_coef" in last and "pm.lr" not in last
+
+
+def test_a_setting_that_is_not_read_because_a_guard_ended_the_stage_is_none(world: SimpleNamespace) -> None:
+    world.stages["rl"].summary = {"guard": "iteration 0: the score follows the length of answers"}
+    assert train.main([*world.arguments, "--rl.vf_coef", "0.7"]) == 0
 
 
 def test_a_full_disk_is_one_message_and_the_run_continues_later(world: SimpleNamespace, capsys: Any) -> None:

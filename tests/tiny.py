@@ -6,6 +6,7 @@ import torch
 from support import byte_tokenizer
 from torch import Tensor
 
+from cai_fast.batching import Example, pack_targets
 from cai_fast.distributed import Distributed
 from cai_fast.model import Model, ModelConfig, init_random
 from cai_fast.tokenizer import Tokenizer
@@ -42,3 +43,9 @@ def relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest ||a - b|| / ||b|| over the tensors."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).norm() / b[name].norm().clamp_min(1e-12)) for name in a)
+
+
+def log_probs(model: Model, example: Example, temperature: float) -> Tensor:
+    """[N, V] in fp64 of the states before each target."""
+    batch = pack_targets([example])
+    return (model(batch.packed)[batch.rows].double() @ model.lm_head_weight.double().t() / temperature).log_softmax(-1)
