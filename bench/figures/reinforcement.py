@@ -164,6 +164,31 @@ def gains(tables: Tables, starts: Tables, column: str) -> dict[str, Any]:
     ])  # fmt: skip
 
 
+def lags(tables: Tables, starts: Tables) -> list[dict[str, list]]:
+    """By prompt, how much more RL's own preference model gained than the held-out one, each in its deviations."""
+    return [
+        {"prompt": [p for p in t["prompt"] if p in set(s["prompt"])],
+         "lag": (np.array(stats.paired(t, s, "pm")) / np.std(s["pm"])
+                 - np.array(stats.paired(t, s, "pm_eval")) / np.std(s["pm_eval"])).tolist()}
+        for t, s in zip(tables, starts, strict=True)
+    ]  # fmt: skip
+
+
+def along(results: Sequence[Results], starts: Tables) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both models' gains along RL with the settings of the configuration, as a panel, and the growth of the lag."""
+    found = [r.of(r.world.rl_default())["snapshots"] for r in results]
+    steps = [step for step in found[0] if all(step in other for other in found)]
+    chart = panel("RL iterations", "standard deviations", {
+        NAMES[column]: [(int(s), gains([f[s]["red_team"] for f in found], starts, column)) for s in steps]
+        for column in ("pm", "pm_eval")
+    })  # fmt: skip
+    first, last = (lags([f[s]["red_team"] for f in found], starts) for s in (steps[0], steps[-1]))
+    return chart, above(
+        "The held-out PM agrees at first, and lags behind RL's own later", "lag (gain by the own PM minus that by "
+        f"pm_eval) at iteration {steps[-1]} minus that at {steps[0]}", stats.differences(last, first, "lag"),
+    )  # fmt: skip
+
+
 def frontier(results: Sequence[Results]) -> dict[str, Any]:
     """Gains, harm and helpfulness by KL."""
     found = {c: {g: [r.policy(tuned(r.world, c), group=g) for r in results] for g in GROUPS} for c in KL_COEFS}
@@ -178,6 +203,7 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
         NAMES[column]: [(kl(c), gains(found[c]["red_team"], starts, column)) for c in coefs]
         for column in ("pm", "pm_eval")
     })}  # fmt: skip
+    panels["gain along RL"], grows = along(results, starts)
     panels |= policy_panels({"RL-CAI": [(kl(c), found[c]) for c in coefs]}, NAMES["kl"], columns=CHECKED)
     low, high = min(found), max(found)
     curves = [r.of(tuned(r.world, min(KL_COEFS)))["training"] for r in results]
@@ -188,12 +214,7 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
     })  # fmt: skip
     rise = stats.means([stats.paired(a, b, "pm") for a, b in zip(
         found[low]["red_team"], found[high]["red_team"], strict=True)])  # fmt: skip
-    tables = found[low]["red_team"]
-    lag = stats.means([
-        np.array(stats.paired(t, s, "pm")) / np.std(s["pm"])
-        - np.array(stats.paired(t, s, "pm_eval")) / np.std(s["pm_eval"])
-        for t, s in zip(tables, starts, strict=True)
-    ])  # fmt: skip
+    lag = stats.means([t["lag"] for t in lags(found[low]["red_team"], starts)])
     line = stats.pooled([1] * len(curves), lambda s, rows: explained(*curve(curves[s])), 10)
     claims = [
         above("A smaller KL penalty buys reward", f"score of RL's own PM with rl.kl_coef {low:g} minus {high:g}", rise),
@@ -201,6 +222,7 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
               f"explains at least {LINEAR:.0%} of the variance on every seed", stats.at_least(line, LINEAR), line),
         above("The held-out PM lags behind RL's own", f"gain by the own PM minus that by pm_eval, rl.kl_coef {low:g}",
               lag),
+        grows,
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 
