@@ -305,7 +305,7 @@ def test_reward_that_is_bought_with_kl_is_found() -> None:
     bought = {"kl": 3.0, "score": 4.0, "held_out": 2.0}
 
     def low(name: str, _: int) -> dict[str, float]:
-        return bought if name == "kl_coef_0.03" else {}
+        return bought if name == "kl_coef_0.001" else {}
 
     assert policy_verdicts(reinforcement.frontier, low, 0.0, 1.1, 1.9, 3.0) == [REPRODUCED] * 3 + [NOT_REPRODUCED]
     falling = policy_verdicts(reinforcement.frontier, low, 3.0, 2.0, 1.0, 0.0)

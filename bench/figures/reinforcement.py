@@ -16,8 +16,10 @@ LABELS = {
     "soft": {}, "hard": {"label.hard": "true"}, "CoT": {"label.cot": "true", "label.clamp": "none"},
     "CoT in 40-60 %": {"label.cot": "true"},
 }  # fmt: skip
-WEIGHTS, KL_COEFS = (0.25, 8.0), (0.03, 0.1, 1.0)  # besides the configuration's own
+PAPER_KL = 0.001  # arXiv 2204.05862, eq. 4.1
+WEIGHTS, KL_COEFS = (0.25, 8.0), (PAPER_KL, 0.1, 1.0)  # besides the configuration's own
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo")
+UNGUARDED = {"guards.kl": "off", "guards.refusals": "off"}
 CHECKED = ("harm", "helpful", "evasive", "malformed", "objection")
 SAMPLES = 4  # answers to a prompt that RLOO and GRPO compare
 FALL, HELP = 0.3, 0.03  # an algorithm works if harm falls by so much, and helpfulness by no more than this
@@ -35,7 +37,7 @@ def default_value(world: World, name: str) -> float:
 
 def default_policy(results: Sequence[Results], group: str) -> Tables:
     """RL's last policy with the settings of the configuration."""
-    return [r.of(r.world.rl_default())["snapshots"][str(r.world.sizes.rl_steps)][group] for r in results]
+    return [r.last_policy(r.world.rl_default(), group) for r in results]
 
 
 def before(results: Sequence[Results], name: str, group: str) -> Tables:
@@ -64,9 +66,9 @@ def policy_panels(
 
 
 def labelled(world: World, name: str) -> Job:
-    """RL for long, on labels made in one of the ways."""
+    """RL for long and as loosely bound as the paper's, on labels made in one of the ways."""
     judge = {"model.judge": world.judge} if world.toy else {}
-    settings = judge | LABELS[name] | {"rl.schedule": "constant", "guards.kl": "off", "guards.refusals": "off"}
+    settings = judge | LABELS[name] | {"rl.schedule": "constant", "rl.kl_coef": PAPER_KL} | UNGUARDED
     if "label.cot" in LABELS[name]:
         settings["label.cot_max_new_tokens"] = 48 if world.toy else 256
     needs = [world.judge_job()] if world.toy else []
@@ -150,7 +152,8 @@ def weight(results: Sequence[Results]) -> dict[str, Any]:
 
 
 def tuned(world: World, coef: float) -> Job:
-    return world.rl(f"kl_coef_{coef:g}", {"rl.kl_coef": coef, "guards.kl": "off"}, cost=45)
+    every = world.sizes.snapshot_every if coef == PAPER_KL else 0
+    return world.rl(f"kl_coef_{coef:g}", {"rl.kl_coef": coef} | UNGUARDED, every=every, cost=60 if every else 45)
 
 
 def frontier_jobs(world: World) -> list[Job]:
@@ -175,8 +178,8 @@ def lags(tables: Tables, starts: Tables) -> list[dict[str, list]]:
 
 
 def along(results: Sequence[Results], starts: Tables) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both models' gains along RL with the settings of the configuration, as a panel, and the growth of the lag."""
-    found = [r.of(r.world.rl_default())["snapshots"] for r in results]
+    """Both models' gains along the most loosely bound RL, as a panel, and the growth of the lag."""
+    found = [r.of(tuned(r.world, PAPER_KL))["snapshots"] for r in results]
     steps = [step for step in found[0] if all(step in other for other in found)]
     chart = panel("RL iterations", "standard deviations", {
         NAMES[column]: [(int(s), gains([f[s]["red_team"] for f in found], starts, column)) for s in steps]
@@ -191,7 +194,7 @@ def along(results: Sequence[Results], starts: Tables) -> tuple[dict[str, Any], d
 
 def frontier(results: Sequence[Results]) -> dict[str, Any]:
     """Gains, harm and helpfulness by KL."""
-    found = {c: {g: [r.policy(tuned(r.world, c), group=g) for r in results] for g in GROUPS} for c in KL_COEFS}
+    found = {c: {g: [r.last_policy(tuned(r.world, c), g) for r in results] for g in GROUPS} for c in KL_COEFS}
     found[default_value(results[0].world, "rl.kl_coef")] = {g: default_policy(results, g) for g in GROUPS}
     found, starts = dict(sorted(found.items())), before(results, "sl_cai", "red_team")
 
@@ -203,11 +206,11 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
         NAMES[column]: [(kl(c), gains(found[c]["red_team"], starts, column)) for c in coefs]
         for column in ("pm", "pm_eval")
     })}  # fmt: skip
-    panels["gain along RL"], grows = along(results, starts)
+    panels[f"gain along RL, rl.kl_coef {PAPER_KL:g}"], grows = along(results, starts)
     panels |= policy_panels({"RL-CAI": [(kl(c), found[c]) for c in coefs]}, NAMES["kl"], columns=CHECKED)
     low, high = min(found), max(found)
-    curves = [r.of(tuned(r.world, min(KL_COEFS)))["training"] for r in results]
-    panels["reward along RL, lowest rl.kl_coef"] = panel("square root of KL", "mean score of an iteration", {
+    curves = [r.of(tuned(r.world, PAPER_KL))["training"] for r in results]
+    panels[f"reward along RL, rl.kl_coef {PAPER_KL:g}"] = panel("square root of KL", "mean score of an iteration", {
         f"seed {r.world.seed}": [(x, {"mean": y, "lo": y, "hi": y, "seeds": []})
                                  for x, y in zip(*curve(c), strict=True)]
         for r, c in zip(results, curves, strict=True)

@@ -11,7 +11,7 @@ from cai_fast import config
 from cai_fast.records import content_id
 
 UPSTREAM = "base,revise,sft,compare,label,pm"
-SIZES = {"small": (48, 2), "default": (96, 4), "large": (144, 4)}  # hidden size and layers of base models
+SIZES = {"small": (24, 2), "default": (96, 4), "large": (144, 4)}  # hidden size and layers of base models
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,11 @@ class Results:
     def policy(self, job: Job, name: str = "rl_cai", group: str = "red_team") -> dict[str, list]:
         """Columns of one policy's answers."""
         return self.of(job)["policies"][name][group]
+
+    def last_policy(self, job: Job, group: str) -> dict[str, list]:
+        """Columns of the answers of RL's last policy, with or without snapshots."""
+        found = self.of(job).get("snapshots")
+        return found[str(self.world.sizes.rl_steps)][group] if found else self.policy(job, group=group)
 
     def chains(self, job: Job) -> dict[str, dict[str, list]]:
         """Columns of chains, by revision."""
