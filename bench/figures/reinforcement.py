@@ -120,17 +120,20 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
 
 
 def weighted(world: World, weight: float) -> Job:
-    return world.rl(f"weight_{weight:g}", {"pm.harmless_weight": weight, "guards.kl": "off"}, fork="pm", cost=75)
+    """RL as loosely bound as the paper's on preference models of some weight; the configuration's is in `tuned`."""
+    settings = {"pm.harmless_weight": weight, "rl.kl_coef": PAPER_KL} | UNGUARDED
+    return world.rl(f"weight_{weight:g}", settings, fork="pm", cost=75)
 
 
 def weight_jobs(world: World) -> list[Job]:
-    return [world.main(), world.rl_default(), *(weighted(world, weight) for weight in WEIGHTS)]
+    return [world.main(), tuned(world, PAPER_KL), *(weighted(world, weight) for weight in WEIGHTS)]
 
 
 def weight(results: Sequence[Results]) -> dict[str, Any]:
     """Policies by the weight of harmlessness."""
-    found = {w: {g: [r.policy(weighted(r.world, w), group=g) for r in results] for g in GROUPS} for w in WEIGHTS}
-    found[default_value(results[0].world, "pm.harmless_weight")] = {g: default_policy(results, g) for g in GROUPS}
+    found = {w: {g: [r.last_policy(weighted(r.world, w), g) for r in results] for g in GROUPS} for w in WEIGHTS}
+    own = default_value(results[0].world, "pm.harmless_weight")
+    found[own] = {g: [r.last_policy(tuned(r.world, PAPER_KL), g) for r in results] for g in GROUPS}
     found = dict(sorted(found.items()))
     panels = policy_panels({"RL-CAI": list(found.items())}, "pm.harmless_weight", log=True)
     if "harm" not in found[WEIGHTS[0]]["red_team"][0]:
