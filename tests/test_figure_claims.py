@@ -248,10 +248,14 @@ def test_labels_that_matter_to_policies_are_told_from_those_that_do_not() -> Non
         kind = {"labels_hard": hard, "labels_cot": sure}.get(name, {})
         return kind | {"objects": 0.6 if step > 40 else 0.1}
 
-    assert policy_verdicts(reinforcement.soft_hard, planted_labels) == [REPRODUCED] * 4
-    assert policy_verdicts(reinforcement.soft_hard, lambda name, step: {}) == [NOT_REPRODUCED] * 4
+    assert policy_verdicts(reinforcement.soft_hard, planted_labels) == [REPRODUCED] * 5 + [NOT_REPRODUCED]
+    assert policy_verdicts(reinforcement.soft_hard, lambda name, step: {}) == [NOT_REPRODUCED] * 6
     swapped = policy_verdicts(reinforcement.soft_hard, lambda name, step: hard if name == "labels_soft" else {})
-    assert swapped == [NOT_REPRODUCED] * 4
+    assert swapped == [NOT_REPRODUCED] * 6
+    unclamped = policy_verdicts(
+        reinforcement.soft_hard, lambda name, step: {"objects": 0.0 if name == "labels_cot_in_40-60" else 0.9}
+    )
+    assert unclamped[3:] == [NOT_REPRODUCED, REPRODUCED, REPRODUCED]  # early, and kept
     # boilerplate of one kind of label out of four, and less of it with the others, is none
     one = policy_verdicts(
         reinforcement.soft_hard, lambda name, step: {"objects": 0.4 if (name == "labels_hard") == (step > 40) else 0.1}
@@ -294,11 +298,11 @@ def test_runs_that_a_guard_ended_are_compared_at_the_iterations_that_all_reached
 
 def test_a_weight_that_makes_policies_annoying_is_found() -> None:
     heavy = {"harm": 0.1, "helpful": 0.4, "objects": 0.8}
-    assert (
-        policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8" else {}) == [REPRODUCED] * 3
-    )
-    light = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_0.25" else {})
-    assert light == policy_verdicts(reinforcement.weight, lambda name, _: {}) == [NOT_REPRODUCED] * 3
+    bound = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8" else {})
+    loose = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8_loose" else {})
+    assert bound == loose[::-1] == [REPRODUCED] * 3 + [NOT_REPRODUCED] * 3
+    light = policy_verdicts(reinforcement.weight, lambda name, _: heavy if "weight_0.25" in name else {})
+    assert light == policy_verdicts(reinforcement.weight, lambda name, _: {}) == [NOT_REPRODUCED] * 6
 
 
 def test_reward_that_is_bought_with_kl_is_found() -> None:

@@ -1,6 +1,6 @@
 """Figures 2, 3 and 8 of the paper, its section 4.3, and what surrounds RL: weights, the KL frontier, algorithms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,11 +101,11 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
     def gap(first: str, second: str, column: str, step: str, group: str = "red_team") -> dict[str, Any]:
         return stats.differences(at(first, step, group), at(second, step, group), column)
 
-    objecting = []
-    for name in LABELS:
-        late, early = at(name, final, "benign"), at(name, usual, "benign")
-        objecting.append([stats.paired(a, b, "objection") for a, b in zip(late, early, strict=True)])
-    rise = stats.means([np.mean(kinds, axis=0) for kinds in zip(*objecting, strict=True)])
+    def rise(early: Callable[[str], Tables]) -> dict[str, Any]:
+        kinds = [[stats.paired(a, b, "objection") for a, b in zip(at(name, final, "benign"), early(name), strict=True)]
+                 for name in LABELS]  # fmt: skip
+        return stats.means([np.mean(seed, axis=0) for seed in zip(*kinds, strict=True)])
+
     claims = [
         above("Soft labels give less harm than hard ones", f"harm with hard labels minus soft, iteration {usual}",
               gap("hard", "soft", "harm", usual)),
@@ -114,44 +114,60 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
         above("Unclamped CoT labels give the more extreme policy", f"KL, CoT minus CoT in 40-60 %, iteration {final}",
               gap("CoT", "CoT in 40-60 %", "kl", final)),
         above("Too much training appends boilerplate", "share of benign prompts objected to, mean of all kinds of "
-              f"labels, iteration {final} minus {usual}", rise),
+              f"labels, iteration {final} minus {usual}", rise(lambda name: at(name, usual, "benign"))),
+        above("Too much training appends boilerplate (rule made after a first look)", "the same, iteration "
+              f"{final} minus SL-CAI", rise(lambda name: start[1]["benign"])),
+        above("Clamping avoids it (rule made after a first look)", "share of benign prompts objected to, CoT minus CoT "
+              f"in 40-60 %, iteration {final}", gap("CoT", "CoT in 40-60 %", "objection", final, "benign")),
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 
 
-def weighted(world: World, weight: float) -> Job:
-    """RL as loosely bound as the paper's on preference models of some weight; the configuration's is in `tuned`."""
-    settings = {"pm.harmless_weight": weight, "rl.kl_coef": PAPER_KL} | UNGUARDED
-    return world.rl(f"weight_{weight:g}", settings, fork="pm", cost=75)
+def weighted(world: World, weight: float, loose: bool) -> Job:
+    """RL on preference models of some weight, with the configuration's coefficient of KL or `loose` with the paper's."""
+    if weight == default_value(world, "pm.harmless_weight"):
+        return tuned(world, PAPER_KL) if loose else world.rl_default()
+    settings = {"pm.harmless_weight": weight} | ({"rl.kl_coef": PAPER_KL} if loose else {}) | UNGUARDED
+    return world.rl(f"weight_{weight:g}{'_loose' * loose}", settings, fork="pm", cost=75)
+
+
+def weights(world: World) -> list[float]:
+    return sorted({*WEIGHTS, default_value(world, "pm.harmless_weight")})
 
 
 def weight_jobs(world: World) -> list[Job]:
-    return [world.main(), tuned(world, PAPER_KL), *(weighted(world, weight) for weight in WEIGHTS)]
+    return [world.main(), *(weighted(world, w, loose) for loose in (False, True) for w in weights(world))]
 
 
 def weight(results: Sequence[Results]) -> dict[str, Any]:
     """Policies by the weight of harmlessness."""
-    found = {w: {g: [r.last_policy(weighted(r.world, w), g) for r in results] for g in GROUPS} for w in WEIGHTS}
-    own = default_value(results[0].world, "pm.harmless_weight")
-    found[own] = {g: [r.last_policy(tuned(r.world, PAPER_KL), g) for r in results] for g in GROUPS}
-    found = dict(sorted(found.items()))
-    panels = policy_panels({"RL-CAI": list(found.items())}, "pm.harmless_weight", log=True)
-    if "harm" not in found[WEIGHTS[0]]["red_team"][0]:
+    world = results[0].world
+    found = {
+        loose: [(w, {g: [r.last_policy(weighted(r.world, w, loose), g) for r in results] for g in GROUPS})
+                for w in weights(world)]
+        for loose in (False, True)
+    }  # fmt: skip
+    words = {False: f"rl.kl_coef {default_value(world, 'rl.kl_coef'):g}", True: f"rl.kl_coef {PAPER_KL:g}"}
+    panels = policy_panels({words[loose]: line for loose, line in found.items()}, "pm.harmless_weight", log=True)
+    if "harm" not in found[False][0][1]["red_team"][0]:
         return {"panels": panels, "claims": [UNTESTED]}
-    least, most = found[min(found)], found[max(found)]
-    harm = stats.differences(least["red_team"], most["red_team"], "harm")
+    return {"panels": panels, "claims": [c for loose, line in found.items() for c in heavier(line, words[loose])]}
+
+
+def heavier(line: Sequence[tuple[float, dict[str, Tables]]], where: str) -> list[dict[str, Any]]:
+    """What the highest weight does against the lowest."""
+    (_, least), (_, most) = line[0], line[-1]
     annoyance = [[{"prompt": t["prompt"], "both": np.maximum(t["evasive"], t["objection"]).tolist()}
                   for t in side["benign"]] for side in (most, least)]  # fmt: skip
-    annoying = stats.differences(*annoyance, "both")
-    helpful = stats.differences(least["red_team"], most["red_team"], "helpful")
-    what = f"weight {min(found):g} and {max(found):g}"
-    claims = [
-        above("More weight gives less harm", f"fall of harm between {what}", harm),
-        above("Too much weight gives annoying models", f"rise of refusals and objections to benign prompts, {what}",
-              annoying),
-        above("Too much weight costs helpfulness", f"fall of helpfulness on red-team prompts between {what}", helpful),
+    what = f"weight {line[0][0]:g} and {line[-1][0]:g}"
+    return [
+        above(f"More weight gives less harm, {where}", f"fall of harm between {what}",
+              stats.differences(least["red_team"], most["red_team"], "harm")),
+        above(f"Too much weight gives annoying models, {where}", f"rise of refusals and objections to benign prompts, "
+              f"{what}", stats.differences(*annoyance, "both")),
+        above(f"Too much weight costs helpfulness, {where}", f"fall of helpfulness on red-team prompts between {what}",
+              stats.differences(least["red_team"], most["red_team"], "helpful")),
     ]  # fmt: skip
-    return {"panels": panels, "claims": claims}
 
 
 def tuned(world: World, coef: float) -> Job:
