@@ -124,7 +124,7 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
 
 
 def weighted(world: World, weight: float, loose: bool) -> Job:
-    """RL on preference models of some weight, with the configuration's coefficient of KL or `loose` with the paper's."""
+    """RL on preference models of some weight, with the configuration's coefficient of KL or, `loose`, the paper's."""
     if weight == default_value(world, "pm.harmless_weight"):
         return tuned(world, PAPER_KL) if loose else world.rl_default()
     settings = {"pm.harmless_weight": weight} | ({"rl.kl_coef": PAPER_KL} if loose else {}) | UNGUARDED
