@@ -1,15 +1,18 @@
 """The figures' statistics: intervals, and verdicts on planted trends."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench.figures import feedback, ratings, reinforcement, stats, supervised
+from bench.figures import feedback, measures, ratings, reinforcement, stats, supervised
 from bench.figures.graph import Job
 from bench.figures.stats import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED
 from bench.figures.world import QUICK, Results, World
+from cai_fast import config, constitution
 
 PROMPTS = [f"p{n}" for n in range(120)]
 
@@ -36,6 +39,9 @@ class Planted(Results):
 
     def ended(self, job: Job) -> str:
         return ""
+
+    def commits(self, jobs: Sequence[Job]) -> set[str]:
+        return {"a commit"}
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
@@ -212,7 +218,7 @@ def answered(seed: int, *, harm: float = 0.5, helpful: float = 0.8, objects: flo
     }  # fmt: skip
 
 
-class PlantedPolicies(Results):
+class PlantedPolicies(Planted):
     """Results that are made up: what `facts(job, step)` says of each policy's answers; SL-CAI has the defaults."""
 
     def __init__(self, seed: int, facts: Callable[[str, int], dict[str, float]], curve: Sequence[float] = ()) -> None:
@@ -242,10 +248,14 @@ def test_labels_that_matter_to_policies_are_told_from_those_that_do_not() -> Non
         kind = {"labels_hard": hard, "labels_cot": sure}.get(name, {})
         return kind | {"objects": 0.6 if step > 40 else 0.1}
 
-    assert policy_verdicts(reinforcement.soft_hard, planted_labels) == [REPRODUCED] * 4
-    assert policy_verdicts(reinforcement.soft_hard, lambda name, step: {}) == [NOT_REPRODUCED] * 4
+    assert policy_verdicts(reinforcement.soft_hard, planted_labels) == [REPRODUCED] * 5 + [NOT_REPRODUCED]
+    assert policy_verdicts(reinforcement.soft_hard, lambda name, step: {}) == [NOT_REPRODUCED] * 6
     swapped = policy_verdicts(reinforcement.soft_hard, lambda name, step: hard if name == "labels_soft" else {})
-    assert swapped == [NOT_REPRODUCED] * 4
+    assert swapped == [NOT_REPRODUCED] * 6
+    unclamped = policy_verdicts(
+        reinforcement.soft_hard, lambda name, step: {"objects": 0.0 if name == "labels_cot_in_40-60" else 0.9}
+    )
+    assert unclamped[3:] == [NOT_REPRODUCED, REPRODUCED, REPRODUCED]  # early, and kept
     # boilerplate of one kind of label out of four, and less of it with the others, is none
     one = policy_verdicts(
         reinforcement.soft_hard, lambda name, step: {"objects": 0.4 if (name == "labels_hard") == (step > 40) else 0.1}
@@ -288,23 +298,27 @@ def test_runs_that_a_guard_ended_are_compared_at_the_iterations_that_all_reached
 
 def test_a_weight_that_makes_policies_annoying_is_found() -> None:
     heavy = {"harm": 0.1, "helpful": 0.4, "objects": 0.8}
-    assert (
-        policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8" else {}) == [REPRODUCED] * 3
-    )
-    light = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_0.25" else {})
-    assert light == policy_verdicts(reinforcement.weight, lambda name, _: {}) == [NOT_REPRODUCED] * 3
+    bound = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8" else {})
+    loose = policy_verdicts(reinforcement.weight, lambda name, _: heavy if name == "weight_8_loose" else {})
+    assert bound == loose[::-1] == [REPRODUCED] * 3 + [NOT_REPRODUCED] * 3
+    light = policy_verdicts(reinforcement.weight, lambda name, _: heavy if "weight_0.25" in name else {})
+    assert light == policy_verdicts(reinforcement.weight, lambda name, _: {}) == [NOT_REPRODUCED] * 6
 
 
 def test_reward_that_is_bought_with_kl_is_found() -> None:
     bought = {"kl": 3.0, "score": 4.0, "held_out": 2.0}
 
     def low(name: str, _: int) -> dict[str, float]:
-        return bought if name == "kl_coef_0.03" else {}
+        return bought if name == "kl_coef_0.001" else {}
 
-    assert policy_verdicts(reinforcement.frontier, low, 0.0, 1.1, 1.9, 3.0) == [REPRODUCED] * 3
+    assert policy_verdicts(reinforcement.frontier, low, 0.0, 1.1, 1.9, 3.0) == [REPRODUCED] * 3 + [NOT_REPRODUCED]
     falling = policy_verdicts(reinforcement.frontier, low, 3.0, 2.0, 1.0, 0.0)
-    assert falling == [REPRODUCED, NOT_REPRODUCED, REPRODUCED]
-    assert policy_verdicts(reinforcement.frontier, lambda name, _: {}, 1.0, 1.0, 1.0) == [NOT_REPRODUCED] * 3
+    assert falling == [REPRODUCED, NOT_REPRODUCED, REPRODUCED, NOT_REPRODUCED]
+    assert policy_verdicts(reinforcement.frontier, lambda name, _: {}, 1.0, 1.0, 1.0) == [NOT_REPRODUCED] * 4
+    later = policy_verdicts(reinforcement.frontier, lambda name, step: bought if step > 8 else {}, 1.0)
+    assert later[3] == REPRODUCED
+    always = policy_verdicts(reinforcement.frontier, lambda name, step: bought, 1.0)
+    assert always[2:] == [REPRODUCED, NOT_REPRODUCED]
 
 
 def test_all_algorithms_are_judged_alike() -> None:
@@ -313,3 +327,24 @@ def test_all_algorithms_are_judged_alike() -> None:
 
     expected = [REPRODUCED, REPRODUCED, NOT_REPRODUCED, REPRODUCED]
     assert policy_verdicts(reinforcement.algorithms, good) == expected
+
+
+def test_chains_of_several_principles_count_as_their_mean() -> None:
+    runs = [{"0": {"prompt": ["b", "a"], "harm": [2.0, 1.0], "text": ["x", "y"]}},
+            {"0": {"prompt": ["c", "a"], "harm": [7.0, 4.0], "text": ["x", "y"]}}]  # fmt: skip
+    assert supervised.averaged(runs) == {"0": {"prompt": ["a"], "harm": [2.5]}}
+    assert supervised.averaged(runs[:1]) is runs[0]
+
+
+def test_subsets_hold_principles_of_both_kinds_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config.load(["--config", "toy", "--run-dir", str(tmp_path)])
+    monkeypatch.setattr(measures, "context", lambda run: SimpleNamespace(config=made))
+    found = measures.subsets(tmp_path / "out", "", [1, 8], [2, 4], 4)
+    categories = {p.id: p.categories for p in constitution.load("toy").principles}
+    assert [len(categories[name]) > 1 for name in found["mixed_4"]] == [True, False, True, False]
+    assert [found[f"alone_{k}"][0] for k in range(4)] == found["mixed_4"] and found["mixed_2"] == found["mixed_4"][:2]
+    for name, ids in found.items():
+        written = constitution.load(str(tmp_path / "out" / f"{name}.toml"))
+        asked = {p.id for p in written.principles if p.critique_request}
+        assert asked == set(ids)
+        assert "general" not in name or all(len(categories[p]) > 1 for p in ids)

@@ -12,12 +12,13 @@ import pytest
 
 from bench.environment import environment
 from bench.figures import __main__ as command
-from bench.figures import figure, graph, page
+from bench.figures import figure, graph, page, stats
 from bench.figures.graph import Job, Suite
-from bench.figures.world import FULL, QUICK, UPSTREAM, Results, World
+from bench.figures.world import FULL, QUICK, UPSTREAM, Results, World, configuration
 from bench.forks import Run
 from cai_fast import config
-from tests.test_figure_claims import Planted, planted
+from cai_fast.toy import checker
+from tests.test_figure_claims import Planted, PlantedPolicies, planted
 
 
 class Pipe:
@@ -56,7 +57,7 @@ class Workers:
             return Run(2, "error: a bad thing", 0.0)
         out = Path(order["out"])
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"identity": order["identity"], "seconds": 1.0, "measured": {"words": order["words"]}}
+        result = {"identity": order["identity"], "commit": order["commit"], "measured": {"words": order["words"]}}
         out.write_text(json.dumps(result))
         return Run(0, "", 0.0)
 
@@ -133,6 +134,25 @@ def test_a_suite_that_is_killed_ends_with_the_same_numbers(tmp_path: Path) -> No
         assert whole["measured"] == parts["measured"]
 
 
+def test_a_changed_configuration_redoes_its_jobs(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+
+    def identity(text: str) -> str:
+        own.write_text(text)
+        configuration.cache_clear()
+        return World(0, QUICK, str(own), False).rl_default().identity
+
+    assert identity("[rl]\nlr = 1e-5\n") == identity("[rl]\nlr = 0.00001\n") != identity("[rl]\nlr = 2e-5\n")
+
+
+def test_results_name_the_commits_of_their_jobs(workers: Workers, tmp_path: Path) -> None:
+    main, left, right = tree()
+    Suite(tmp_path, "one").run([main, left], 1)
+    Suite(tmp_path, "two").run([main, left, right], 1)
+    found = Results(Suite(tmp_path, "three"), World(0, QUICK))
+    assert found.commits([left]) == {"one"} and found.commits([right]) == {"one", "two"}
+
+
 def test_a_failed_job_stops_only_what_needs_it(workers: Workers, tmp_path: Path) -> None:
     main, left, right = tree()
     below = Job("s/below", ("--c", "1"), (left,))
@@ -166,12 +186,34 @@ def test_the_jobs_of_all_figures_fit_together_and_have_valid_settings(sizes: Any
         assert not job.fork or job.needs[0].name == "seed_0/main"
 
 
-def test_a_figure_without_truth_says_so() -> None:
-    world = World(0, QUICK, "toy", False)
+class Untrue(PlantedPolicies):
+    """What is measured where nobody knows the truth: scores, KL and texts."""
+
+    def chains(self, job: Job) -> dict[str, dict[str, list]]:
+        return {k: {key: t[key] for key in ("prompt", "pm_eval", "text")}
+                for k, t in planted([0, 1, 2, 3, 4], 0.5, self.world.seed).items()}  # fmt: skip
+
+    def of(self, job: Job) -> dict[str, Any]:
+        def scored(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            return {key: scored(v) for key, v in value.items() if key not in checker.METRICS}
+
+        return scored(super().of(job))
+
+
+def test_a_figure_without_truth_is_made_of_what_there_is_and_says_so(tmp_path: Path) -> None:
+    results = [Untrue(seed, lambda name, step: {}, [1.0, 2.0]) for seed in range(2)]
+    for result in results:
+        result.world = World(result.world.seed, QUICK, "toy", False)
     for f in command.EVERY.values():
-        for job in graph.closure(f.jobs(world)).values():
+        for job in graph.closure(f.jobs(results[0].world)).values():
             assert not job.words or "base" not in job.words[5].split(",")
             assert "make_judge" not in str(job)
+        made = command.make(f, results, {"command": "", "environment": environment()}, tmp_path)
+        assert (tmp_path / f"{f.name}.svg").is_file() == bool(made["panels"])
+        assert f"results/figures/{f.name}.svg" in page.page([made]) or not made["panels"]
+        assert {claim["verdict"] for claim in made["claims"] if "truth" in claim["rule"]} <= {stats.NOT_TESTABLE}
 
 
 def test_a_run_that_a_guard_ended_is_named(tmp_path: Path) -> None:
@@ -209,6 +251,9 @@ def test_the_page_is_made_of_the_results() -> None:
     results = page.load()
     assert page.PAGE.read_text() == page.page(results)
     assert all((page.RESULTS / f"{result['figure']}.svg").is_file() for result in results)
+    for result in results:  # what does not show has its reason found
+        missed = any(claim["verdict"] == stats.NOT_REPRODUCED for claim in result["claims"])
+        assert page.texts()[result["figure"]]["note"] or not missed, result["figure"]
 
 
 def test_a_figure_is_written_with_its_environment_and_drawn_alike_twice(tmp_path: Path) -> None:

@@ -34,11 +34,13 @@ def make(figure: Figure, results: Sequence[Results], made: dict[str, Any], out: 
     found = stats.rounded(figure.evaluate(results))
     result = {
         "figure": figure.name, **made, "seeds": [r.world.seed for r in results],
+        "commits": sorted(set.union(*(r.commits(figure.jobs(r.world)) for r in results))),
         "ended": [text for r in results for job in figure.jobs(r.world) if (text := r.ended(job))],
         "claims": found["claims"], "panels": found["panels"],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    draw(page.texts()[figure.name]["title"], found["panels"], out / f"{figure.name}.svg")
+    if found["panels"]:
+        draw(page.texts()[figure.name]["title"], found["panels"], out / f"{figure.name}.svg")
     write_atomic(out / f"{figure.name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
@@ -95,9 +97,9 @@ def main(argv: Sequence[str]) -> int:
         chosen = worlds(options.config, options.seeds, options.sizes or "full")
     except InputError as error:
         parser.error(str(error))
-    suite = Suite(options.folder)
     # Before the first figure is written, which would make the checkout differ from its commit.
     made = {"command": given(options), "environment": environment()}
+    suite = Suite(options.folder, made["environment"]["commit"])
     failed = suite.run([job for name in names for world in chosen for job in EVERY[name].jobs(world)], options.jobs)
     missing = 0
     for name in names:

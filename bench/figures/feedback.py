@@ -113,7 +113,7 @@ def reliability(tables: Tables, variant: str) -> list[tuple[float, dict[str, Any
 def evaluate(results: Sequence[Results]) -> dict[str, Any]:
     """Every variant and judge on the same pairs."""
     world = results[0].world
-    if not world.toy:
+    if not world.toy:  # nothing to draw
         return {"panels": {}, "claims": [claim("labels against the truth", "needs the truth", NOT_TESTABLE)]}
     tables = {judge: [table(r.of(asked(r.world, judge))["judge_columns"]) for r in results] for judge in judges()}
     panels = {
@@ -176,6 +176,8 @@ def claims(tables: Tables, skills: Skills) -> list[dict[str, Any]]:
         *aware,
         above("Chain of thought makes the judge more accurate (Fig. 4)", "accuracy on the question that is asked, with "
               "one chain of thought minus without", gain(skills, "cot1", "own")),
+        above("Chain of thought makes labels more accurate by total harm, which they are used for", "accuracy of CoT "
+              "minus direct", estimate(tables, accuracy, "CoT", "both orders")),
         above("Averaging 5 chains of thought helps a little more (Fig. 4)", "Brier score there, of 1 minus 5", fewer),
         claim("Labels without CoT are well calibrated (Fig. 9)", "calibration error by total harm at most "
               f"{CALIBRATED} on every seed", REPRODUCED if calibrated else NOT_REPRODUCED, direct),

@@ -34,6 +34,7 @@ class Job:
     fork: the stage from which the run of needs[0] is done again; empty for a run of its own.
     measure: (function of measures.py, its arguments), done after the run, in its folder.
     cost: CPU-seconds expected.
+    config: hash of the configuration that the words begin with.
     """
 
     name: str
@@ -42,13 +43,13 @@ class Job:
     fork: str = ""
     measure: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
     cost: float = 10.0
+    config: str = ""
 
     @property
     def identity(self) -> str:
-        """Hash of all that the result depends on."""
-        return content_id(
-            "job", self.name, self.words, [job.identity for job in self.needs], self.fork, self.measure
-        )  # fmt: skip
+        """Hash of all that the result depends on but the program, of which the result names the commit."""
+        needs = [job.identity for job in self.needs]
+        return content_id("job", self.name, self.words, self.config, needs, self.fork, self.measure)
 
 
 def closure(jobs: Iterable[Job]) -> dict[str, Job]:
@@ -69,16 +70,16 @@ def closure(jobs: Iterable[Job]) -> dict[str, Job]:
 
 
 class Suite:
-    """A folder with the results of jobs."""
+    """A folder with the results of jobs; `commit`: of the program that does those that are missing."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path, commit: str = "") -> None:
+        self.folder, self.commit = folder.resolve(), commit
 
     def path(self, kind: str, name: str, suffix: str = "") -> Path:
         return self.folder / kind / f"{name}{suffix}"
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """{identity, seconds, measured} of a finished job; None if it has yet to be done."""
+        """{identity, commit, seconds, measured} of a finished job; None if it has yet to be done."""
         path = self.path("done", job.name, ".json")
         found = json.loads(path.read_text()) if path.is_file() else {}
         return found if found.get("identity") == job.identity else None
@@ -103,6 +104,7 @@ class Suite:
             "parent": str(self.path("runs", job.needs[0].name)) if job.fork else "",
             "measure": [[name, {key: self.resolve(value) for key, value in given}] for name, given in job.measure],
             "out": str(self.path("done", job.name, ".json")), "identity": job.identity,
+            "commit": self.commit,
         }  # fmt: skip
 
     def do(self, job: Job, forks: Forks) -> str:

@@ -6,6 +6,7 @@ differences on the same prompts with the same noise.
 """
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from cai_fast import config, constitution, constitutions, judging, measure, pipe
 from cai_fast.checkpoint import Checkpoints
 from cai_fast.constitution import Principle
 from cai_fast.distributed import Distributed
+from cai_fast.errors import InputError
 from cai_fast.files import write_atomic
 from cai_fast.measure import Answer
 from cai_fast.model import load as load_model
@@ -215,24 +217,28 @@ def judge_skill(run: Path, source: str, judge: str, count: int, thoughts: int) -
     return result
 
 
-def subsets(run: Path, source: str, general: list[int], mixed: list[int]) -> dict[str, list[str]]:
+def subsets(run: Path, source: str, general: list[int], mixed: list[int], alone: int) -> dict[str, list[str]]:
     """Constitutions with so many principles for critiques of the run `source`, nested, in an order that its seed draws:
-    general_N.toml (principles of several categories only) and mixed_N.toml. Returns the principles of each."""
+    general_N.toml (principles of several categories only), mixed_N.toml (of several and of one in turns), and
+    alone_K.toml with the K-th of those alone. Returns the principles of each."""
     ctx = context(Path(source))
     name = ctx.config.data.constitution
-    bundled = Path(constitutions.__file__).parent / f"{name}.toml"
-    parts = re.split(r"(?m)^(?=\[)", (bundled if bundled.is_file() else Path(name)).read_text())
+    path = Path(constitutions.__file__).parent / f"{name}.toml"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        raise InputError(f"data.constitution: subsets are drawn of a bundled constitution or a TOML file; got {name!r}")
+    parts = re.split(r"(?m)^(?=\[)", path.read_text())
     principles = [part for part in parts if part.startswith("[[principle]]") and "\ncritique_request" in part]
     random.Random(f"figures/principles/{ctx.config.seed}").shuffle(principles)
     several = [part for part in principles if part.count('"', part.find("categories")) > 2]
+    turns = itertools.zip_longest(several, [part for part in principles if part not in several])
+    both = [part for pair in turns for part in pair if part]
+    chosen = {f"general_{n}": several[:n] for n in general} | {f"mixed_{n}": both[:n] for n in mixed}
+    chosen |= {f"alone_{k}": [both[k % len(both)]] for k in range(alone)}
     run.mkdir(parents=True, exist_ok=True)
-    result = {}
-    for kind, ordered, counts in (("general", several, general), ("mixed", principles, mixed)):
-        for count in counts:
-            kept = [part for part in parts if part not in principles or part in ordered[:count]]
-            write_atomic(run / f"{kind}_{count}.toml", "".join(kept))
-            result[f"{kind}_{count}"] = [re.search(r'id = "(.*)"', part)[1] for part in ordered[:count]]
-    return result
+    for file, wanted in chosen.items():
+        write_atomic(run / f"{file}.toml", "".join(p for p in parts if p not in principles or p in wanted))
+    return {file: [re.search(r'id = "(.*)"', part)[1] for part in wanted] for file, wanted in chosen.items()}
 
 
 def make_judge(run: Path, base: str, steps: int) -> dict[str, Any]:

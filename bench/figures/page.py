@@ -11,12 +11,12 @@ PAGE, RESULTS = HERE.parent / "FIGURES.md", HERE.parent / "results" / "figures"
 ORDER = ("revisions", "principles", "critique", "labels", "elo", "soft_hard", "weight", "frontier", "algorithms")
 HEAD = """# The paper's experiments on the toy world
 
-Made by `python -m bench.figures` from `bench/results/figures/*.json`; do not edit. Verdicts follow rules that were
-written down before the numbers were seen. A value is the mean over seeds, with a 95 % interval by bootstrap over seeds
-and, within each, prompts; the seeds' own values stand beside it. With three seeds that is rough: of findings that are
-not there 3 in 100 would pass for reproduced where answers to prompts differ most, but 1 in 8 where seeds do. The toy
-world is a model of 0.5 M weights in a language of 300 words: that a trend shows or fails to show here says how this
-program behaves, and little about large models."""
+Made by `python -m bench.figures` from `bench/results/figures/*.json`; do not edit. A verdict is what the rule beside
+it says of the numbers; a rule that was changed after a first look at them is named in its section. A value is the mean
+over seeds, with a 95 % interval by bootstrap over seeds and, within each, prompts; the seeds' own values stand beside
+it. With three seeds that is rough: of findings that are not there 3 in 100 would pass for reproduced where answers to
+prompts differ most, but 1 in 8 where seeds do. The toy world is a model of 0.5 M weights in a language of 300 words:
+that a trend shows or fails to show here says how this program behaves, and little about large models."""
 
 
 def texts() -> dict[str, dict[str, str]]:
@@ -48,7 +48,8 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     """One figure."""
     name = result["figure"]
     lines = [f'## <a id="{name}"></a>{words["title"]}', "", f"**The paper:** {words['paper'].strip()}", "",
-             f"**Here:** {words['ours'].strip()}", "", f"![{words['title']}](results/figures/{name}.svg)", "",
+             f"**Here:** {words['ours'].strip()}", "",
+             *([f"![{words['title']}](results/figures/{name}.svg)", ""] if result["panels"] else []),
              "| finding | verdict | value | seeds | rule |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [row(claim) for claim in result["claims"]]
     if result.get("ended"):
@@ -56,7 +57,7 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     if words["note"].strip():
         lines += ["", words["note"].strip()]
     made = result["environment"]
-    where = f"computed at commit {made['commit']}, {made['date'][:10]}, torch {made['versions']['torch']}"
+    where = f"computed at commit {', '.join(result['commits'])}, {made['date'][:10]}, torch {made['versions']['torch']}"
     seeds = ", ".join(map(str, result["seeds"]))
     return [*lines, "", f"`{result['command']}`, seeds {seeds}, {where}; all numbers: `results/figures/{name}.json`."]
 

@@ -1,6 +1,6 @@
 """Figures 2, 3 and 8 of the paper, its section 4.3, and what surrounds RL: weights, the KL frontier, algorithms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ LABELS = {
     "soft": {}, "hard": {"label.hard": "true"}, "CoT": {"label.cot": "true", "label.clamp": "none"},
     "CoT in 40-60 %": {"label.cot": "true"},
 }  # fmt: skip
-WEIGHTS, KL_COEFS = (0.25, 8.0), (0.03, 0.1, 1.0)  # besides the configuration's own
+PAPER_KL = 0.001  # arXiv 2204.05862, eq. 4.1
+WEIGHTS, KL_COEFS = (0.25, 8.0), (PAPER_KL, 0.1, 1.0)  # besides the configuration's own
 ALGORITHMS = ("ppo", "rloo", "grpo", "dpo")
+UNGUARDED = {"guards.kl": "off", "guards.refusals": "off"}
 CHECKED = ("harm", "helpful", "evasive", "malformed", "objection")
 SAMPLES = 4  # answers to a prompt that RLOO and GRPO compare
 FALL, HELP = 0.3, 0.03  # an algorithm works if harm falls by so much, and helpfulness by no more than this
@@ -35,7 +37,7 @@ def default_value(world: World, name: str) -> float:
 
 def default_policy(results: Sequence[Results], group: str) -> Tables:
     """RL's last policy with the settings of the configuration."""
-    return [r.of(r.world.rl_default())["snapshots"][str(r.world.sizes.rl_steps)][group] for r in results]
+    return [r.last_policy(r.world.rl_default(), group) for r in results]
 
 
 def before(results: Sequence[Results], name: str, group: str) -> Tables:
@@ -64,9 +66,9 @@ def policy_panels(
 
 
 def labelled(world: World, name: str) -> Job:
-    """RL for long, on labels made in one of the ways."""
+    """RL for long and as loosely bound as the paper's, on labels made in one of the ways."""
     judge = {"model.judge": world.judge} if world.toy else {}
-    settings = judge | LABELS[name] | {"rl.schedule": "constant", "guards.kl": "off", "guards.refusals": "off"}
+    settings = judge | LABELS[name] | {"rl.schedule": "constant", "rl.kl_coef": PAPER_KL} | UNGUARDED
     if "label.cot" in LABELS[name]:
         settings["label.cot_max_new_tokens"] = 48 if world.toy else 256
     needs = [world.judge_job()] if world.toy else []
@@ -99,11 +101,11 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
     def gap(first: str, second: str, column: str, step: str, group: str = "red_team") -> dict[str, Any]:
         return stats.differences(at(first, step, group), at(second, step, group), column)
 
-    objecting = []
-    for name in LABELS:
-        late, early = at(name, final, "benign"), at(name, usual, "benign")
-        objecting.append([stats.paired(a, b, "objection") for a, b in zip(late, early, strict=True)])
-    rise = stats.means([np.mean(kinds, axis=0) for kinds in zip(*objecting, strict=True)])
+    def rise(early: Callable[[str], Tables]) -> dict[str, Any]:
+        kinds = [[stats.paired(a, b, "objection") for a, b in zip(at(name, final, "benign"), early(name), strict=True)]
+                 for name in LABELS]  # fmt: skip
+        return stats.means([np.mean(seed, axis=0) for seed in zip(*kinds, strict=True)])
+
     claims = [
         above("Soft labels give less harm than hard ones", f"harm with hard labels minus soft, iteration {usual}",
               gap("hard", "soft", "harm", usual)),
@@ -112,45 +114,65 @@ def soft_hard(results: Sequence[Results]) -> dict[str, Any]:
         above("Unclamped CoT labels give the more extreme policy", f"KL, CoT minus CoT in 40-60 %, iteration {final}",
               gap("CoT", "CoT in 40-60 %", "kl", final)),
         above("Too much training appends boilerplate", "share of benign prompts objected to, mean of all kinds of "
-              f"labels, iteration {final} minus {usual}", rise),
+              f"labels, iteration {final} minus {usual}", rise(lambda name: at(name, usual, "benign"))),
+        above("Too much training appends boilerplate (rule made after a first look)", "the same, iteration "
+              f"{final} minus SL-CAI", rise(lambda name: start[1]["benign"])),
+        above("Clamping avoids it (rule made after a first look)", "share of benign prompts objected to, CoT minus CoT "
+              f"in 40-60 %, iteration {final}", gap("CoT", "CoT in 40-60 %", "objection", final, "benign")),
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 
 
-def weighted(world: World, weight: float) -> Job:
-    return world.rl(f"weight_{weight:g}", {"pm.harmless_weight": weight, "guards.kl": "off"}, fork="pm", cost=75)
+def weighted(world: World, weight: float, loose: bool) -> Job:
+    """RL on preference models of some weight, with the configuration's coefficient of KL or, `loose`, the paper's."""
+    if weight == default_value(world, "pm.harmless_weight"):
+        return tuned(world, PAPER_KL) if loose else world.rl_default()
+    settings = {"pm.harmless_weight": weight} | ({"rl.kl_coef": PAPER_KL} if loose else {}) | UNGUARDED
+    return world.rl(f"weight_{weight:g}{'_loose' * loose}", settings, fork="pm", cost=75)
+
+
+def weights(world: World) -> list[float]:
+    return sorted({*WEIGHTS, default_value(world, "pm.harmless_weight")})
 
 
 def weight_jobs(world: World) -> list[Job]:
-    return [world.main(), world.rl_default(), *(weighted(world, weight) for weight in WEIGHTS)]
+    return [world.main(), *(weighted(world, w, loose) for loose in (False, True) for w in weights(world))]
 
 
 def weight(results: Sequence[Results]) -> dict[str, Any]:
     """Policies by the weight of harmlessness."""
-    found = {w: {g: [r.policy(weighted(r.world, w), group=g) for r in results] for g in GROUPS} for w in WEIGHTS}
-    found[default_value(results[0].world, "pm.harmless_weight")] = {g: default_policy(results, g) for g in GROUPS}
-    found = dict(sorted(found.items()))
-    panels = policy_panels({"RL-CAI": list(found.items())}, "pm.harmless_weight", log=True)
-    if "harm" not in found[WEIGHTS[0]]["red_team"][0]:
+    world = results[0].world
+    found = {
+        loose: [(w, {g: [r.last_policy(weighted(r.world, w, loose), g) for r in results] for g in GROUPS})
+                for w in weights(world)]
+        for loose in (False, True)
+    }  # fmt: skip
+    words = {False: f"rl.kl_coef {default_value(world, 'rl.kl_coef'):g}", True: f"rl.kl_coef {PAPER_KL:g}"}
+    panels = policy_panels({words[loose]: line for loose, line in found.items()}, "pm.harmless_weight", log=True)
+    if "harm" not in found[False][0][1]["red_team"][0]:
         return {"panels": panels, "claims": [UNTESTED]}
-    least, most = found[min(found)], found[max(found)]
-    harm = stats.differences(least["red_team"], most["red_team"], "harm")
+    return {"panels": panels, "claims": [c for loose, line in found.items() for c in heavier(line, words[loose])]}
+
+
+def heavier(line: Sequence[tuple[float, dict[str, Tables]]], where: str) -> list[dict[str, Any]]:
+    """What the highest weight does against the lowest."""
+    (_, least), (_, most) = line[0], line[-1]
     annoyance = [[{"prompt": t["prompt"], "both": np.maximum(t["evasive"], t["objection"]).tolist()}
                   for t in side["benign"]] for side in (most, least)]  # fmt: skip
-    annoying = stats.differences(*annoyance, "both")
-    helpful = stats.differences(least["red_team"], most["red_team"], "helpful")
-    what = f"weight {min(found):g} and {max(found):g}"
-    claims = [
-        above("More weight gives less harm", f"fall of harm between {what}", harm),
-        above("Too much weight gives annoying models", f"rise of refusals and objections to benign prompts, {what}",
-              annoying),
-        above("Too much weight costs helpfulness", f"fall of helpfulness on red-team prompts between {what}", helpful),
+    what = f"weight {line[0][0]:g} and {line[-1][0]:g}"
+    return [
+        above(f"More weight gives less harm, {where}", f"fall of harm between {what}",
+              stats.differences(least["red_team"], most["red_team"], "harm")),
+        above(f"Too much weight gives annoying models, {where}", f"rise of refusals and objections to benign prompts, "
+              f"{what}", stats.differences(*annoyance, "both")),
+        above(f"Too much weight costs helpfulness, {where}", f"fall of helpfulness on red-team prompts between {what}",
+              stats.differences(least["red_team"], most["red_team"], "helpful")),
     ]  # fmt: skip
-    return {"panels": panels, "claims": claims}
 
 
 def tuned(world: World, coef: float) -> Job:
-    return world.rl(f"kl_coef_{coef:g}", {"rl.kl_coef": coef, "guards.kl": "off"}, cost=45)
+    every = world.sizes.snapshot_every if coef == PAPER_KL else 0
+    return world.rl(f"kl_coef_{coef:g}", {"rl.kl_coef": coef} | UNGUARDED, every=every, cost=60 if every else 45)
 
 
 def frontier_jobs(world: World) -> list[Job]:
@@ -164,9 +186,34 @@ def gains(tables: Tables, starts: Tables, column: str) -> dict[str, Any]:
     ])  # fmt: skip
 
 
+def lags(tables: Tables, starts: Tables) -> list[dict[str, list]]:
+    """By prompt, how much more RL's own preference model gained than the held-out one, each in its deviations."""
+    return [
+        {"prompt": [p for p in t["prompt"] if p in set(s["prompt"])],
+         "lag": (np.array(stats.paired(t, s, "pm")) / np.std(s["pm"])
+                 - np.array(stats.paired(t, s, "pm_eval")) / np.std(s["pm_eval"])).tolist()}
+        for t, s in zip(tables, starts, strict=True)
+    ]  # fmt: skip
+
+
+def along(results: Sequence[Results], starts: Tables) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both models' gains along the most loosely bound RL, as a panel, and the growth of the lag."""
+    found = [r.of(tuned(r.world, PAPER_KL))["snapshots"] for r in results]
+    steps = [step for step in found[0] if all(step in other for other in found)]
+    chart = panel("RL iterations", "standard deviations", {
+        NAMES[column]: [(int(s), gains([f[s]["red_team"] for f in found], starts, column)) for s in steps]
+        for column in ("pm", "pm_eval")
+    })  # fmt: skip
+    first, last = (lags([f[s]["red_team"] for f in found], starts) for s in (steps[0], steps[-1]))
+    return chart, above(
+        "The held-out PM agrees at first, and lags behind RL's own later", "lag (gain by the own PM minus that by "
+        f"pm_eval) at iteration {steps[-1]} minus that at {steps[0]}", stats.differences(last, first, "lag"),
+    )  # fmt: skip
+
+
 def frontier(results: Sequence[Results]) -> dict[str, Any]:
     """Gains, harm and helpfulness by KL."""
-    found = {c: {g: [r.policy(tuned(r.world, c), group=g) for r in results] for g in GROUPS} for c in KL_COEFS}
+    found = {c: {g: [r.last_policy(tuned(r.world, c), g) for r in results] for g in GROUPS} for c in KL_COEFS}
     found[default_value(results[0].world, "rl.kl_coef")] = {g: default_policy(results, g) for g in GROUPS}
     found, starts = dict(sorted(found.items())), before(results, "sl_cai", "red_team")
 
@@ -178,22 +225,18 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
         NAMES[column]: [(kl(c), gains(found[c]["red_team"], starts, column)) for c in coefs]
         for column in ("pm", "pm_eval")
     })}  # fmt: skip
+    panels[f"gain along RL, rl.kl_coef {PAPER_KL:g}"], grows = along(results, starts)
     panels |= policy_panels({"RL-CAI": [(kl(c), found[c]) for c in coefs]}, NAMES["kl"], columns=CHECKED)
     low, high = min(found), max(found)
-    curves = [r.of(tuned(r.world, min(KL_COEFS)))["training"] for r in results]
-    panels["reward along RL, lowest rl.kl_coef"] = panel("square root of KL", "mean score of an iteration", {
+    curves = [r.of(tuned(r.world, PAPER_KL))["training"] for r in results]
+    panels[f"reward along RL, rl.kl_coef {PAPER_KL:g}"] = panel("square root of KL", "mean score of an iteration", {
         f"seed {r.world.seed}": [(x, {"mean": y, "lo": y, "hi": y, "seeds": []})
                                  for x, y in zip(*curve(c), strict=True)]
         for r, c in zip(results, curves, strict=True)
     })  # fmt: skip
     rise = stats.means([stats.paired(a, b, "pm") for a, b in zip(
         found[low]["red_team"], found[high]["red_team"], strict=True)])  # fmt: skip
-    tables = found[low]["red_team"]
-    lag = stats.means([
-        np.array(stats.paired(t, s, "pm")) / np.std(s["pm"])
-        - np.array(stats.paired(t, s, "pm_eval")) / np.std(s["pm_eval"])
-        for t, s in zip(tables, starts, strict=True)
-    ])  # fmt: skip
+    lag = stats.means([t["lag"] for t in lags(found[low]["red_team"], starts)])
     line = stats.pooled([1] * len(curves), lambda s, rows: explained(*curve(curves[s])), 10)
     claims = [
         above("A smaller KL penalty buys reward", f"score of RL's own PM with rl.kl_coef {low:g} minus {high:g}", rise),
@@ -201,6 +244,7 @@ def frontier(results: Sequence[Results]) -> dict[str, Any]:
               f"explains at least {LINEAR:.0%} of the variance on every seed", stats.at_least(line, LINEAR), line),
         above("The held-out PM lags behind RL's own", f"gain by the own PM minus that by pm_eval, rl.kl_coef {low:g}",
               lag),
+        grows,
     ]  # fmt: skip
     return {"panels": panels, "claims": claims}
 

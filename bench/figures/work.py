@@ -41,7 +41,8 @@ def main(words: list[str]) -> int:
     out = Path(order["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.process_time() - began, 1)
-    write_atomic(out, json.dumps({"identity": order["identity"], "seconds": seconds, "measured": measured}))
+    about = {"identity": order["identity"], "commit": order["commit"], "seconds": seconds}
+    write_atomic(out, json.dumps(about | {"measured": measured}))
     return 0
 
 

@@ -1,14 +1,17 @@
 """The runs of one seed, from which every figure takes what it needs: one upstream run, and forks of it."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.figures.graph import Job, Suite
+from bench.figures.graph import Job, Suite, closure
+from cai_fast import config
+from cai_fast.records import content_id
 
 UPSTREAM = "base,revise,sft,compare,label,pm"
-SIZES = {"small": (48, 2), "default": (96, 4), "large": (144, 4)}  # hidden size and layers of base models
+SIZES = {"small": (24, 2), "default": (96, 4), "large": (144, 4)}  # hidden size and layers of base models
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ TINY = Sizes(
 )  # fmt: skip
 
 
+@functools.cache
+def configuration(name: str) -> str:
+    """Hash of all settings of a preset or file: where one is changed its jobs are done anew."""
+    return content_id("configuration", config.load(["--config", name]).to_toml())
+
+
 @dataclass(frozen=True)
 class World:
     """Jobs of one seed. Without the toy world there is neither a base model to make nor a judge to train."""
@@ -67,6 +76,7 @@ class World:
         return Job(
             self.name(name), tuple(map(str, words)), tuple(needs), fork,
             tuple((function, tuple(given.items())) for function, given in measure), cost * self.sizes.cost,
+            configuration(config or self.config),
         )  # fmt: skip
 
     def name(self, name: str) -> str:
@@ -136,7 +146,7 @@ class World:
         if every:
             settings |= {"rl.snapshot_every": every}
             measure = [("snapshots", {"every": every, "steps": steps} | self.answers())]
-        measure.append(("training", {"names": ["rl/score", "rl/kl_exact", "rl/pm_gain", "rl/pm_eval_gain"]}))
+        measure.append(("training", {"names": ["rl/score", "rl/kl_exact"]}))
         stages = ",".join(UPSTREAM.split(",")[UPSTREAM.split(",").index(fork) :] if fork != "rl" else []) + ",rl"
         return self.job(name, stages.strip(","), settings, needs=[self.main(), *needs], fork=fork, measure=measure,
                         cost=cost, config=config)  # fmt: skip
@@ -159,6 +169,10 @@ class Results:
             raise LookupError(f"{job.name} is not done")
         return found["measured"]
 
+    def commits(self, jobs: Sequence[Job]) -> set[str]:
+        """Of the program when it did the jobs and those that they need."""
+        return {self.suite.result(job)["commit"] for job in closure(jobs).values()}
+
     def ended(self, job: Job) -> str:
         """What a guard did to the job's RL, if it ended it: the last policy is then that of an earlier iteration."""
         path = self.suite.path("runs", job.name) / "manifest.json"
@@ -171,6 +185,11 @@ class Results:
     def policy(self, job: Job, name: str = "rl_cai", group: str = "red_team") -> dict[str, list]:
         """Columns of one policy's answers."""
         return self.of(job)["policies"][name][group]
+
+    def last_policy(self, job: Job, group: str) -> dict[str, list]:
+        """Columns of the answers of RL's last policy, with or without snapshots."""
+        found = self.of(job).get("snapshots")
+        return found[str(self.world.sizes.rl_steps)][group] if found else self.policy(job, group=group)
 
     def chains(self, job: Job) -> dict[str, dict[str, list]]:
         """Columns of chains, by revision."""
