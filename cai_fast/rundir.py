@@ -273,6 +273,7 @@ class RunDir:
             return False
         for name, facts in record["outputs"].items():
             self._verify(stage, name, facts)
+        self._remove_progress(stage)  # of a process that was killed after it had recorded the stage
         return True
 
     def _verify(self, stage: str, name: str, facts: dict[str, Any]) -> None:

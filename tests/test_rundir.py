@@ -184,6 +184,16 @@ def test_finish_drops_progress(run):
     assert run.progress("revise") == []
 
 
+def test_progress_that_a_kill_left_behind_a_finished_stage_is_dropped(run, monkeypatch):
+    run.begin("revise", INPUTS)
+    run.journal("revise", 0).close()
+    with monkeypatch.context() as killed:
+        killed.setattr(RunDir, "_remove_progress", lambda self, stage: None)
+        finish(run, "revise", "revisions.jsonl")
+    again = reopen(run)
+    assert len(again.progress("revise")) == 1 and again.is_done("revise", INPUTS) and again.progress("revise") == []
+
+
 HOLDER = """
 import sys, time
 from cai_fast import config
