@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -14,13 +15,17 @@ def fsync_dir(folder: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Replace `path` by `data`; at any instant the file holds all of the old or all of the new content."""
+def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[bytes]) -> None:
+    """Replace `path` by `data`, or by its parts; at any instant the file holds all of the old or of the new content.
+
+    What a kill leaves is PATH.tmp, which the next attempt overwrites.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    data = data.encode() if isinstance(data, str) else data
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cai_fast.errors import InputError
+from cai_fast.files import write_atomic
 from cai_fast.inputs import kind, parse_json, require_file
 
 T = TypeVar("T", bound="Record")
@@ -216,28 +217,9 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
 
 
-def _write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replace `path`: readers see the old file or the whole new one, also after a power cut."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with tmp.open("wb") as handle:
-            for chunk in chunks:
-                handle.write(chunk)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_jsonl(path: str | Path, rows: Iterable[Record | Mapping[str, Any]]) -> None:
     """Write records (or plain dicts), one JSON object a line, atomically."""
-    _write_atomic(Path(path), ((_dumps(_plain(row)) + "\n").encode() for row in rows))
+    write_atomic(path, ((_dumps(_plain(row)) + "\n").encode() for row in rows))
 
 
 def read_jsonl(path: str | Path, cls: type[T]) -> list[T]:
@@ -346,7 +328,7 @@ def write_tokens(path: str | Path, rows: Mapping[str, tuple[Sequence[int], Seque
         "ids": np.frombuffer("\n".join(rows).encode(), dtype=np.uint8),
     }
     Path(path).parent.mkdir(exist_ok=True)
-    _write_atomic(Path(path), [save(arrays)])
+    write_atomic(path, save(arrays))
 
 
 def read_tokens(path: str | Path) -> dict[str, tuple[list[int], list[float] | None]]:

@@ -141,3 +141,10 @@ def test_tokens_round_trip(tmp_path):
         read_tokens(tmp_path / "t.safetensors")
     with pytest.raises(ValueError, match="3 tokens but 1"):
         write_tokens(tmp_path / "t", {"a": ([1, 2, 3], [0.0])})
+
+
+def test_what_a_killed_write_left_is_gone_after_the_next(tmp_path):
+    (tmp_path / "rows.jsonl.tmp").write_text("half a r")
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": "a"}, {"id": "b"}])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert (tmp_path / "rows.jsonl").read_text() == '{"id": "a"}\n{"id": "b"}\n'
