@@ -274,6 +274,8 @@ class Chat:
             replies.append(speaker.answer(self.temperature, key, printer.show, self.scores))
             if not columns:
                 printer.end(visible(replies[-1].text))
+            if unknown := speaker.tokenizer.encode(text).count(speaker.tokenizer.unk_id):
+                note(f"({speaker.name} cannot read {unknown} words of this: they are not in its vocabulary)")
             if speaker.left_out:
                 note(f"({speaker.name} no longer sees the oldest {speaker.left_out} turns: there is no room for them)")
         if columns:

@@ -390,7 +390,7 @@ def summary_lines(run: RunDir) -> list[str]:
             names = [name for name in TABLE if name in rows["base"]]
             lines += ["", f"{group + ' prompts':22}" + "".join(f"{name:>13}" for name in names)]
             for policy, metrics in rows.items():
-                lines.append(f"  {policy:20}" + "".join(f"{metrics[name]:13.3f}" for name in names))
+                lines.append(f"  {policy:20}" + "".join(f"{round(metrics[name], 3) + 0.0:13.3f}" for name in names))
         lines += ["", f"Means over prompts; kl: nats per answer from SL-CAI. Intervals: {run.path('evaluation.json')}"]
     if run.path("report.html").is_file():
         lines += ["", f"Report: {run.path('report.html')}"]

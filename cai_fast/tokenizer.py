@@ -120,6 +120,7 @@ class Tokenizer:
         if pad is None:
             raise InputError(f"{self.source_path}: all {self.vocab_size} tokens are taken; expected one for padding")
         self.pad_id: int = pad
+        self.unk_id: int | None = self._wrapped.unk_token_id  # what words outside the vocabulary become
         self.stop_ids: list[int] = list(dict.fromkeys([self.eos_id, *generation_stops(self.source_path)]))
 
     @property

@@ -139,6 +139,15 @@ def test_the_oldest_turns_make_room(model: Path, capsys: pytest.CaptureFixture[s
     assert "is longer than the 107 tokens" in capsys.readouterr().err and len(speaker.turns) == 10
 
 
+def test_words_that_a_model_does_not_know_are_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = opened(model)
+    session.say("bee")
+    assert "vocabulary" not in capsys.readouterr().err
+    session.speakers[0].tokenizer.unk_id = session.speakers[0].tokenizer.encode("e")[0]
+    session.say("bee")
+    assert "cannot read 2 words of this: they are not in its vocabulary" in capsys.readouterr().err
+
+
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_got(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(model)
     speaker, calls = session.speakers[0], []
