@@ -113,9 +113,13 @@ class Progress:
             return  # stage rl samples once more after its last step
         self.shown = self.count
         rate = (self.count - self.initial) / elapsed if elapsed > 0 else 0.0
-        left = tqdm.format_interval((self.total - self.count) / rate) if rate > 0 else "?"
-        parts = [f"{self.desc}: {self.count}/{self.total} {self.unit}", f"{rate:.3g}/s"]
-        parts.append(f"ETA {left}" if self.count < self.total else f"took {tqdm.format_interval(elapsed)}")
+        parts = [f"{self.desc}: {self.count}/{self.total} {self.unit}"]
+        if rate > 0:
+            parts.append(f"{rate:.3g}/s" if rate < 1000 else f"{tqdm.format_sizeof(rate)}/s")
+        if self.count == self.total:
+            parts.append(f"took {tqdm.format_interval(elapsed)}")
+        elif rate > 0:
+            parts.append(f"ETA {tqdm.format_interval((self.total - self.count) / rate)}")
         print(", ".join(parts + notes), file=self.file, flush=True)
 
     def close(self) -> None:

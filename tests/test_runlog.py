@@ -188,3 +188,13 @@ def test_a_summary_is_said_in_words() -> None:
         "judge": "x",
     }
     assert in_words(summary) == "requested 3, kept 2, rejected (too long 1), mean score 0.1235, judge x"
+
+
+def test_progress_says_no_more_than_it_knows():
+    clock, out = Clock(), io.StringIO()
+    with Progress(50_000, "prompts", "row", file=out, clock=clock) as progress:
+        clock.now += 10.0
+        progress.tick()
+        clock.now += 10.0
+        progress.update(40_000)
+    assert out.getvalue().splitlines()[:2] == ["prompts: 0/50000 row", "prompts: 40000/50000 row, 2.00k/s, ETA 00:05"]
