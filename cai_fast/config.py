@@ -162,7 +162,8 @@ def stage_settings(cfg: Config, stage: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"seed": cfg.seed}
     for name in (*names, *_USES[stage]):
         section, key = name.split(".")
-        if not _field(section, key).metadata["work"]:
+        last_alone = name == "rl.save_every" and cfg.rl.algorithm == "dpo"  # of DPO's states none but the last is kept
+        if not _field(section, key).metadata["work"] and not last_alone:
             value = getattr(cfg, section).values()[key]
             settings[name] = list(value) if isinstance(value, tuple) else value
     return settings

@@ -162,7 +162,9 @@ def interval(values: Sequence[float], clusters: Sequence[str], samples: int, see
         return {"mean": None, "lo": None, "hi": None, "n": 0}
     index = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sums, counts = np.bincount(index, weights=x), np.bincount(index)
-    draw = np.random.default_rng(seed).integers(0, len(counts), size=(samples, len(counts)))
-    means = sums[draw].sum(1) / counts[draw].sum(1) if samples else np.asarray([x.mean()])
+    draws, means = np.random.default_rng(seed), [x.mean()] if not samples else []
+    for _ in range(samples):  # one by one: all at once they would take samples times the memory of the values
+        drawn = draws.integers(0, len(counts), size=len(counts))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
     lo, hi = np.quantile(means, [0.025, 0.975])
     return {"mean": float(x.mean()), "lo": float(lo), "hi": float(hi), "n": len(x)}

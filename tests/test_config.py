@@ -177,6 +177,8 @@ def test_stage_settings_hold_what_matters_and_no_more() -> None:
     assert settings("sft", "--seed", "1") != settings("sft")
     assert settings("sft", "--rl.lr", "1") == settings("sft")
     assert settings("rl", "--rl.save_every", "3") != settings("rl")  # a rollback exports one of the states
+    dpo = ("--rl.algorithm", "dpo")  # which has none
+    assert settings("rl", *dpo, "--rl.save_every", "3") == settings("rl", *dpo)
     assert settings("sft", "--model.assistant", "x") == settings("sft")
     assert settings("revise", "--model.assistant", "x") != settings("revise")
     for stage in config.STAGES:

@@ -57,7 +57,8 @@ def section(result: dict[str, Any], words: dict[str, str]) -> list[str]:
     if words["note"].strip():
         lines += ["", words["note"].strip()]
     made = result["environment"]
-    where = f"computed at commit {', '.join(result['commits'])}, {made['date'][:10]}, torch {made['versions']['torch']}"
+    where = (f"jobs done at commit {', '.join(result['commits'])}, evaluated at {made['commit']}, {made['date'][:10]}, "
+             f"torch {made['versions']['torch']}")  # fmt: skip
     seeds = ", ".join(map(str, result["seeds"]))
     return [*lines, "", f"`{result['command']}`, seeds {seeds}, {where}; all numbers: `results/figures/{name}.json`."]
 

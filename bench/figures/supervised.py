@@ -196,7 +196,7 @@ def critique(results: Sequence[Results]) -> dict[str, Any]:
         for size in every for how in (True, False)
     }  # fmt: skip
     last = max(next(iter(tables.values()))[0], key=int)
-    names = columns(tables[every[0], True], "pm_eval", "harm")
+    names = columns(tables[every[0], True], "pm_eval", "harm", "malformed")
     weights = {size: 12 * SIZES[size][0] ** 2 * SIZES[size][1] for size in every}
 
     def gap(size: str, column: str, revision: str = last) -> dict[str, Any]:
